@@ -1,0 +1,161 @@
+"""The plan: every output file, byte by byte, before one weight is read. Knows files and bytes, no format and no model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+PLAN_VERSION = 1
+
+
+def canonical_json(value: object) -> bytes:
+    """`value` as JSON with one spelling only: sorted keys, no blanks, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+class Frame(Protocol):
+    """The bytes that a container puts around one tensor's payload; their sizes are known when planned, their content may need its CRC-32."""
+
+    @property
+    def size_before(self) -> int: ...
+    @property
+    def size_after(self) -> int: ...
+    def before(self) -> bytes: ...
+    def after(self, crc32: int) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`rows` consecutive rows of the canonical tensor `tensor`, from row `start`. A one-dimensional tensor's rows are its elements."""
+
+    tensor: str
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One stored tensor, DCP chunk or object of an output file: `payload` bytes read from the source's `runs`, in this order.
+
+    A piece without runs is `literal`: its bytes are known now. `equals` names canonical tensors that must repeat the runs' bits (aliases
+    that the output does not store): they are read beside them and compared, because dropping an unequal one would lose data.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    payload: int
+    runs: tuple[Run, ...] = ()
+    literal: bytes = b""
+    frame: Frame | None = None
+    equals: tuple[str, ...] = ()
+    digested: bool = True  # listed among the manifest's tensors
+
+    @property
+    def size(self) -> int:
+        framed = self.frame.size_before + self.frame.size_after if self.frame else 0
+        return self.payload + framed
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One file of the output and the job that writes it: header, then the pieces one after another. `name` is relative, `/` separates one folder."""
+
+    name: str
+    header: bytes
+    pieces: tuple[Piece, ...]
+
+    @cached_property
+    def size(self) -> int:
+        return len(self.header) + sum(piece.size for piece in self.pieces)
+
+    def layout(self) -> Iterator[tuple[int, Piece]]:
+        """Each piece with the offset of its first byte (its frame's, if it has one)."""
+        at = len(self.header)
+        for piece in self.pieces:
+            yield at, piece
+            at += piece.size
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the header and of what goes where; equal digests mean equal bytes from equal sources."""
+        state = hashlib.sha256(self.header)
+        for at, p in self.layout():
+            runs = [[r.tensor, r.start, r.rows] for r in p.runs]
+            state.update(canonical_json([at, p.name, p.dtype, list(p.shape), p.payload, runs, sha256(p.literal), list(p.equals), type(p.frame).__name__]))
+        return state.hexdigest()
+
+
+@dataclass(frozen=True)
+class SmallFile:
+    """A file whose content is known when planned: an index, a config, a marker. Written after all output files, in the plan's order."""
+
+    name: str
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides an output's bytes. `options` holds every option that changes them; no path, host, time or worker count is in it."""
+
+    to: str
+    options: Mapping[str, object]
+    source: Mapping[str, object]  # fingerprint: {"format", "files": {name: [size, header sha256]}, "commit"}
+    files: tuple[OutputFile, ...]
+    marks: tuple[SmallFile, ...] = ()  # small files in the order in which they become durable; loaders take the last ones for "done"
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @cached_property
+    def document(self) -> dict[str, object]:
+        return {
+            "version": PLAN_VERSION,
+            "to": self.to,
+            "options": dict(self.options),
+            "source": dict(self.source),
+            "files": {f.name: [f.size, f.digest] for f in self.files},
+            "marks": [[m.name, len(m.content), sha256(m.content)] for m in self.marks],
+        }
+
+    @cached_property
+    def id(self) -> str:
+        """sha256 of the plan's canonical JSON; names the claim, the journal and the manifest."""
+        return sha256(canonical_json(self.document))
+
+    @cached_property
+    def size(self) -> int:
+        return sum(f.size for f in self.files) + sum(len(m.content) for m in self.marks)
+
+
+class RowSource(Protocol):
+    """What the engine needs of a source: bytes of rows, and whether its files are still what they were."""
+
+    def row_size(self, tensor: str) -> int:
+        """Bytes of one row of the canonical tensor."""
+
+    def read_into(self, tensor: str, start: int, out: memoryview) -> None:
+        """Fill `out` (a whole number of rows) from row `start` on, in canonical dtype, little-endian, C order. Raises SourceError."""
+
+    def place(self, tensor: str) -> tuple[int, int]:
+        """Where its bytes begin: (number of the source file, offset). Jobs run in this order."""
+
+    def check_unchanged(self) -> None:
+        """Raise SourceError if a source file's size, mtime or inode is not what it was when opened."""
+
+
+def by_source(files: Sequence[OutputFile], source: RowSource) -> list[int]:
+    """The numbers of the files, in the order in which their input lies in the source."""
+
+    def place(number: int) -> tuple[int, int, int]:
+        runs = (run for piece in files[number].pieces for run in piece.runs)
+        first = next(runs, None)
+        return (*source.place(first.tensor), number) if first else (-1, 0, number)
+
+    return sorted(range(len(files)), key=place)
