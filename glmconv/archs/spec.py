@@ -1,0 +1,215 @@
+"""The vocabulary in which an architecture is written: sizes, records, places, rows, scopes. Imports no tensor library.
+
+A tensor is a sequence of *records* with named fields; a tensor's *place* in another format is a field of a record there; a place is a list
+of *moves* (source row, target row, count), and a move read backwards is its own inverse. Concatenating, interleaving by KV group, stacking
+experts and splitting heads are places, not operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+Sizes = Mapping[str, int]
+Index = Mapping[str, int]  # which layer, expert and MTP layer a tensor belongs to
+
+
+@dataclass(frozen=True)
+class Size:
+    """A whole number that a config decides, such as `heads*head_dim`; `text` is how it prints."""
+
+    text: str
+    of: Callable[[Sizes], int]
+
+    def __add__(self, other: Size) -> Size:
+        return Size(f"{self.text} + {other.text}", lambda s: self.of(s) + other.of(s))
+
+    def __sub__(self, other: Size) -> Size:
+        return Size(f"{self.text} - {other._factor}", lambda s: self.of(s) - other.of(s))
+
+    def __mul__(self, other: Size) -> Size:
+        return Size(f"{self._factor}*{other._factor}", lambda s: self.of(s) * other.of(s))
+
+    def __floordiv__(self, other: Size) -> Size:
+        return Size(f"{self._factor}/{other._factor}", lambda s: self.of(s) // other.of(s))
+
+    def __rmul__(self, times: int) -> Size:
+        return Size(f"{times}*{self._factor}", lambda s: times * self.of(s))
+
+    @property
+    def _factor(self) -> str:
+        return f"({self.text})" if " " in self.text else self.text
+
+
+def _named(name: str) -> Size:
+    return Size(name, lambda s: s[name])
+
+
+def sizes(names: str) -> list[Size]:
+    return [_named(name) for name in names.split()]
+
+
+class Role(Enum):
+    """What a tensor is for; decides which encodings may touch it."""
+
+    LINEAR = "linear"
+    EXPERT = "expert"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    ROUTER = "router"
+    NORM = "norm"
+    BIAS = "bias"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A tensor whose rows are records of named fields, one record after another.
+
+    `linear_fc1` is one record (gate, up), `linear_qkv` one record (q, k, v) per KV group, the stacked experts one record per expert.
+    """
+
+    name: str
+    fields: Mapping[str, Size]
+    per: str = ""  # "expert": record e belongs to expert e, and the stored tensor has an axis of experts; "": rows are dealt out in turn
+
+    def __getattr__(self, name: str) -> Part:
+        if not name.startswith("_") and name in self.fields:
+            return Part(self, name)
+        raise AttributeError(name)
+
+    def span(self, name: str, s: Sizes) -> tuple[int, int, int]:
+        """Rows before the field, rows of the field, rows of the whole record."""
+        widths = [size.of(s) for size in self.fields.values()]
+        at = list(self.fields).index(name)
+        return sum(widths[:at]), widths[at], sum(widths)
+
+
+def record(name: str, per: str = "", **fields: Size) -> Record:
+    return Record(name, fields, per)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A place: one field of a record in a larger tensor."""
+
+    record: Record
+    field: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """A place: the tensor's own rows are records, and each field goes somewhere by itself."""
+
+    record: Record
+    into: Mapping[str, str | Part]
+    transposed: frozenset[str] = frozenset()
+
+
+Place = str | Part | Split
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """`rows` rows, from row `source` of a canonical tensor to row `target` of the tensor `name`. Read backwards it is the inverse.
+
+    `stride` is 0, or the rows of one record of a stacked tensor, whose stored shape is then [records, stride, ...]; rows count through.
+    """
+
+    name: str
+    source: int
+    target: int
+    rows: int
+    stride: int = 0
+
+
+def moves(place: Place, rows: int, index: Index, s: Sizes) -> Iterator[Move]:
+    """Where the `rows` rows of a canonical tensor lie in another format, run by run."""
+    if isinstance(place, str):
+        yield Move(place, 0, 0, rows)
+    elif isinstance(place, Part):
+        before, width, stride = place.record.span(place.field, s)
+        per = place.record.per
+        first = index[per] if per else 0
+        for n in range(rows // width):
+            yield Move(place.record.name, n * width, (first + n) * stride + before, width, stride if per else 0)
+    else:
+        for name, inner in place.into.items():
+            before, width, stride = place.record.span(name, s)
+            for move in moves(inner, rows // stride * width, index, s):
+                for at in range(0, move.rows, width):
+                    source = (move.source + at) // width * stride + before
+                    yield Move(move.name, source, move.target + at, width, move.stride)
+
+
+def always(s: Sizes) -> bool:
+    return True
+
+
+def once(s: Sizes) -> Sequence[int]:
+    return range(1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One family of tensors: its canonical (Hugging Face) name, shape and role, and its place in every other format."""
+
+    name: str
+    shape: tuple[Size, ...]
+    role: Role
+    megatron: Place | Mapping[str, Place] | None = None  # a mapping is by dialect; None: not stored there
+    gguf: Place | None = None
+    when: Callable[[Sizes], bool] = always
+    dtype: str = ""  # empty: the model's
+    alias: str = ""  # the canonical tensor that this one repeats; releases may leave it out
+
+    def megatron_place(self, dialect: str) -> Place | None:
+        return self.megatron[dialect] if isinstance(self.megatron, Mapping) else self.megatron
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Rows that share a prefix in each format, repeated for the layers that `layers` names."""
+
+    rows: tuple[Row, ...]
+    name: str = ""
+    megatron: str = ""
+    gguf: str = ""
+    layers: Callable[[Sizes], Sequence[int]] = once
+    title: str = ""
+    mtp: bool = False
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Something that must hold between a config's sizes, in the words of config.json."""
+
+    text: str
+    holds: Callable[[Sizes], bool]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A released model: its name here, its Hub id, its published config.json, and how its files are laid out."""
+
+    name: str
+    hub: str
+    config: Mapping[str, object]
+    aliases: bool = False  # the release carries the copies of embedding and head in its MTP layer
+    mtp_file: str = ""  # the MTP layer lies in a file of its own
+    tensors: int = 0  # published count, aliases included
+    mtp_tensors: int = 0
+
+
+@dataclass(frozen=True)
+class ArchSpec:
+    """One architecture as a table. `config` binds each size to a config.json field ("field=default" where it may be absent)."""
+
+    model_type: str
+    title: str
+    config: Mapping[str, str]
+    scopes: tuple[Scope, ...]
+    derived: Mapping[str, Size] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+    presets: tuple[Preset, ...] = ()
+    mtp_field: str = "num_nextn_predict_layers"
