@@ -1,0 +1,169 @@
+"""A checkpoint of any format as a lazy mapping from canonical name to tensor. It never holds weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from glmconv.archs import Model
+from glmconv.dtypes import DType
+from glmconv.errors import SourceError, UnsupportedError
+from glmconv.formats import FORMATS
+from glmconv.formats.binding import refuse
+from glmconv.formats.format import FILE_PREFIX, Opened, OpenOptions, RowReader, row_size
+
+if TYPE_CHECKING:
+    import torch
+
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$")
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """One canonical tensor: its shape and dtype are known, its values are read when asked for."""
+
+    name: str
+    reader: RowReader
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.reader.shape
+
+    @property
+    def dtype(self) -> DType:
+        return self.reader.dtype
+
+    @property
+    def row_size(self) -> int:
+        """Bytes of one row (of one element, if there is one axis)."""
+        return row_size(self.shape, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.row_size * self.shape[0]
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        """Fill `out`, a whole number of rows, with little-endian bytes from row `start` on. Raises SourceError."""
+        self.reader.read_into(start, out)
+
+    def read(self, rows: slice = slice(None)) -> torch.Tensor:
+        """The rows (all of them by default) as a CPU tensor [rows, ...] of the canonical dtype. Raises SourceError."""
+        import torch
+
+        start, stop, step = rows.indices(self.shape[0])
+        if step != 1:
+            raise ValueError("rows are read one after another: the step of the slice must be 1")
+        count = max(0, stop - start)
+        out = torch.empty(max(1, count * self.row_size), dtype=torch.uint8)
+        if count:
+            self.read_into(start, memoryview(out.numpy())[: count * self.row_size])
+        return out[: count * self.row_size].view(getattr(torch, self.dtype.name)).view(count, *self.shape[1:])
+
+
+class Checkpoint:
+    """An opened source. Iterating gives (name, LazyTensor) in the architecture's order; it is also the engine's source of rows.
+
+    Attributes: `path`, `format`, `config` (config.json as a mapping), `arch` (the bound `Model`), `tensors`, `opened` (all that the format found).
+    """
+
+    def __init__(self, opened: Opened) -> None:
+        self.opened = opened
+        self.path = opened.path
+        self.format = opened.format
+        self.config: Mapping[str, object] = opened.config
+        self.arch: Model = opened.model
+        self.tensors: Mapping[str, LazyTensor] = {name: LazyTensor(name, reader) for name, reader in opened.tensors.items()}
+
+    def __iter__(self) -> Iterator[tuple[str, LazyTensor]]:
+        return iter(self.tensors.items())
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        return self.tensors[name]
+
+    def _reader(self, name: str) -> RowReader:
+        if name.startswith(FILE_PREFIX):
+            return self.opened.side_files[name.removeprefix(FILE_PREFIX)]
+        return self.opened.tensors[name]
+
+    def row_size(self, tensor: str) -> int:
+        reader = self._reader(tensor)
+        return row_size(reader.shape, reader.dtype)
+
+    def read_into(self, tensor: str, start: int, out: memoryview) -> None:
+        self._reader(tensor).read_into(start, out)
+
+    def place(self, tensor: str) -> tuple[int, int]:
+        return self._reader(tensor).place
+
+    def check_unchanged(self) -> None:
+        for folder in self.opened.folders:
+            folder.check_unchanged()
+
+    def close(self) -> None:
+        for folder in self.opened.folders:
+            folder.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def open_checkpoint(path: str | Path, *, mtp: bool = True, origin: str | Path | None = None, strict: bool = True) -> Checkpoint:
+    """Open a folder, or a Hub repository, of any known format.
+
+    mtp False leaves the MTP layers out; `origin` is the Hugging Face release of a torch_dist checkpoint that a trainer saved; `strict` False
+    keeps missing, unexpected and wrong tensors in `opened` instead of raising for them.
+    Raises SourceError (broken, incomplete, hostile) or UnsupportedError (a format or architecture that is not known).
+    """
+    place = resolve(path)
+    unfinished(place)
+    form = next((form for form in FORMATS.values() if form.detect(place)), None)
+    if form is None:
+        raise UnsupportedError(
+            "is no checkpoint that glmconv reads: neither config.json and .safetensors files nor a Megatron torch_dist folder.", file=place,
+            hint=f"Formats: {', '.join(FORMATS)}.",
+        )  # fmt: skip
+    opened = form.open(place, OpenOptions(mtp, None if origin is None else resolve(origin, weights=False)))
+    if strict:
+        refuse(place, opened.missing, opened.unexpected, opened.wrong, opened.model)
+        if opened.missing or opened.unexpected or opened.wrong:
+            raise SourceError("is not complete.", file=place)
+    return Checkpoint(opened)
+
+
+def unfinished(path: Path) -> None:
+    """SourceError if the folder is an output of ours that was never finished: the manifest is the only meaning of done."""
+    if (path / ".glmconv" / "plan.json").exists() and not (path / "glmconv_manifest.json").exists():
+        raise SourceError("is an unfinished output of glmconv.", file=path, hint="Run the command that writes it again; it goes on where it stopped.")
+
+
+def resolve(name: str | Path, *, weights: bool = True) -> Path:
+    """A local folder, or a Hub id (`zai-org/GLM-4.5`) downloaded to the Hub's cache. SourceError if neither is there."""
+    path = Path(name)
+    if path.exists():
+        if not path.is_dir():
+            raise UnsupportedError("is a file; a checkpoint is a folder.", file=path)
+        return path
+    if not isinstance(name, str) or not HUB_ID.match(name):
+        raise SourceError("does not exist.", file=path, hint="Pass a checkpoint's folder, or a Hub id such as zai-org/GLM-4.5.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE"] + (["*.safetensors"] if weights else [])
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as problem:
+        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        raise SourceError(f"is no folder here, and could not be downloaded from the Hub: {reason}", file=name) from None
+
+
+__all__ = ["Checkpoint", "LazyTensor", "Model", "open_checkpoint", "resolve"]

@@ -1,0 +1,57 @@
+"""Megatron-Bridge's run_config.yaml: only its `model` mapping's plain values are read; nothing that it names is looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from glmconv.engine.inputs import InputFile
+from glmconv.errors import SourceError
+
+LARGEST = 4 << 20
+DEEPEST = 32
+MOST_EVENTS = 200_000
+
+
+class PlainLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which builds plain values only."""
+
+
+def _plain_scalar(loader: PlainLoader, tag: str, node: yaml.Node) -> object:
+    """A tag of somebody's own: its content is not built."""
+    return None
+
+
+PlainLoader.add_multi_constructor("", _plain_scalar)
+
+
+def read_run_config(file: InputFile, path: Path) -> Mapping[str, object]:
+    """The `model` mapping. SourceError if it is too large, too deep, uses aliases (which can expand without bound) or is no mapping."""
+    if file.size > LARGEST:
+        raise SourceError(f"is {file.size:,} bytes; at most {LARGEST:,} are read.", file=path)
+    try:
+        text = file.read(0, file.size).decode("utf-8")
+        _bounded(text, path)
+        value = PlainLoader(text).get_single_data()
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, OverflowError) as problem:
+        raise SourceError(f"is not plain YAML: {str(problem).splitlines()[0] if str(problem) else type(problem).__name__}.", file=path) from None
+    model = value.get("model") if isinstance(value, dict) else None
+    if not isinstance(model, dict):
+        raise SourceError("has no `model` mapping.", file=path, hint="Pass --origin.")
+    return {str(name): item for name, item in model.items()}
+
+
+def _bounded(text: str, path: Path) -> None:
+    """Walk the events, which costs no memory, before anything is built."""
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        if isinstance(event, yaml.AliasEvent):
+            raise SourceError("uses aliases, which are not read.", file=path)
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > DEEPEST or count > MOST_EVENTS:
+            raise SourceError("is nested too deeply or too large.", file=path)

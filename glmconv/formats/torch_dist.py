@@ -1,0 +1,256 @@
+"""Megatron `torch_dist` folders: finds the iteration, the release it came from, and the rows of every canonical tensor in its DCP chunks."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from glmconv import strict_json
+from glmconv.archs import Model
+from glmconv.engine.inputs import InputFile, InputFolder
+from glmconv.engine.plan import sha256
+from glmconv.errors import SourceError, UnsupportedError
+from glmconv.formats import torch_dist_layout
+from glmconv.formats.binding import canonical_dtype, config_dtype, expected, mismatch, model_dtype
+from glmconv.formats.common_pt import read_common
+from glmconv.formats.dcp import DcpMetadata, StoredTensor, read_metadata
+from glmconv.formats.dcp_rows import Boxes, ChunkedRows, Stretch
+from glmconv.formats.format import FileLayout, Format, Opened, OpenOptions, RowReader
+from glmconv.formats.megatron_args import to_config
+from glmconv.formats.megatron_keys import MODEL_KEYS, MegatronTensor, is_trainers, megatron_tensors, spellings, stacked_spelling
+from glmconv.formats.origin import Origin, find_origin
+from glmconv.formats.side_files import CONFIG
+from glmconv.formats.torch_dist_layout import COMMON, METADATA, TRACKER
+from glmconv.formats.widen import Widened
+from glmconv.formats.run_config import read_run_config
+
+METADATA_LARGEST = 256 << 20
+ITERATION = re.compile(r"^(release|iter_(\d{1,10}))$")
+RUN_CONFIG = "run_config.yaml"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint's parts lie: `root` has the tracker, `iteration` the chunks; they may be the same folder."""
+
+    root: Path
+    iteration: Path
+
+
+def is_iteration(path: Path) -> bool:
+    return (path / METADATA).is_file() or (path / "metadata.json").is_file()
+
+
+def locate(path: Path) -> Place | None:
+    """The iteration that `path` names: itself, or the one its tracker names (by number, whatever the zero padding), or its newest."""
+    if is_iteration(path):
+        return Place(path.parent if ITERATION.match(path.name) else path, path)
+    if not path.is_dir():
+        return None
+    found = {int(m[2]) if m[2] else -1: child for child in path.iterdir() if (m := ITERATION.match(child.name)) and is_iteration(child)}
+    tracker = path / TRACKER
+    if tracker.is_file() and not tracker.is_symlink():
+        with tracker.open("rb") as file:
+            named = file.read(64).decode("ascii", "replace").strip()
+        if named != "release" and not re.fullmatch(r"\d{1,10}", named):
+            raise SourceError(f"names {named!r}; it must be 'release' or an iteration's number.", file=tracker)
+        number = -1 if named == "release" else int(named)
+        if number not in found:
+            raise SourceError(f"names {named}, but there is no such finished folder beside it.", file=tracker, hint="Pass the iteration's folder itself.")
+        return Place(path, found[number])
+    return Place(path, found[max(found)]) if found else None
+
+
+def detect(path: Path) -> bool:
+    return path.is_dir() and (is_iteration(path) or (path / TRACKER).is_file() or any(ITERATION.match(child.name) for child in path.iterdir()))
+
+
+def manifest_at(path: Path) -> Path:
+    place = locate(path)
+    return place.root if place else path
+
+
+def open_folder(path: Path, options: OpenOptions) -> Opened:
+    """Open a torch_dist checkpoint. SourceError or UnsupportedError if it is broken or not GLM's; tensors are matched, not judged."""
+    place = locate(path)
+    if place is None:
+        raise SourceError("has no iteration with .metadata in it.", file=path, hint="Was the save finished?")
+    folder = InputFolder(place.iteration)
+    metadata_file = folder.open(METADATA)
+    if metadata_file.size > METADATA_LARGEST:
+        raise SourceError(f"is {metadata_file.size:,} bytes; at most {METADATA_LARGEST:,} are read.", file=place.iteration / METADATA)
+    raw = metadata_file.read(0, metadata_file.size)
+    metadata = read_metadata(raw, place.iteration / METADATA)
+    origin = find_origin(place.root, place.iteration, options.origin)
+    config, config_bytes, notes = config_of(folder, origin, metadata)
+    aliases = bool(origin.layout) and _layout_has_aliases(origin.layout, config, place.iteration)
+    wanted = expected(config, aliases=aliases, mtp=options.mtp, file=origin.config_file or place.iteration)
+    opened_names = sorted({chunk.relative_path for stored in metadata.tensors.values() for chunk in stored.chunks})
+    files = {name: (folder.open(name), number) for number, name in enumerate(opened_names)}
+    keys = {key: stored for key, stored in metadata.tensors.items() if not is_trainers(key)}
+    matched = Matched(wanted.model, keys, files)
+    tensors, wrong = matched.readers(config)
+    whole = expected(config, aliases=aliases, mtp=True, file="config.json").model
+    dropped_keys = matched.keys_of(whole) - matched.used if not options.mtp else set()
+    fingerprint = {
+        "format": "torch_dist",
+        "files": {METADATA: [len(raw), sha256(raw)]} | {name: [file.size, ""] for name, (file, _) in files.items()} | dict(origin.digests),
+    }
+    return Opened(
+        format="torch_dist", path=path, config=config, config_bytes=config_bytes, model=wanted.model, tensors=tensors,
+        folders=(folder, *origin.folders), fingerprint=fingerprint, missing=tuple(matched.missing), wrong=tuple(wrong),
+        unexpected=tuple(sorted(set(keys) - matched.used - dropped_keys)), dropped=tuple(sorted(dropped_keys)), side_files=origin.side_files,
+        layout=origin.layout, notes=(*origin.notes, *notes), stored_bytes=sum(_bytes(stored) for stored in keys.values()),
+    )  # fmt: skip
+
+
+def _bytes(stored: StoredTensor) -> int:
+    size = stored.dtype.itemsize
+    for n in stored.shape:
+        size *= n
+    return size
+
+
+def _layout_has_aliases(layout: FileLayout | None, config: Mapping[str, object], file: Path) -> bool:
+    from glmconv.formats.binding import has_aliases
+
+    names = {tensor: True for _, _, order in layout.files for tensor in order} if layout else {}
+    return has_aliases(config, names, file)
+
+
+class Matched:
+    """A model's Megatron tensors found in a checkpoint, under whichever spelling and stacking it uses."""
+
+    def __init__(self, model: Model, keys: Mapping[str, StoredTensor], files: Mapping[str, tuple[InputFile, int]], dialect: str = "te") -> None:
+        self.model = model
+        self.keys = keys
+        self.files = dict(files)
+        self.dialect = dialect
+        self.used: set[str] = set()
+        self.missing: list[str] = []
+        self.boxes: dict[tuple[str, int], Boxes] = {}
+
+    def find(self, key: str) -> tuple[str, int | None] | None:
+        """The stored key and, if all layers are stacked in it, this layer's number."""
+        for spelling in spellings(key):
+            if spelling in self.keys:
+                return spelling, None
+            stacked = stacked_spelling(spelling)
+            if stacked and stacked[0] in self.keys:
+                return stacked
+        return None
+
+    def keys_of(self, model: Model) -> set[str]:
+        """Every stored key that holds a tensor of `model`."""
+        return {found[0] for key in megatron_tensors(model, self.dialect) if (found := self.find(key))}
+
+    def readers(self, config: Mapping[str, object]) -> tuple[dict[str, RowReader], list[tuple[str, str]]]:
+        """Canonical name -> reader, and what is wrong with which tensor; fills `used` and `missing`."""
+        wanted = megatron_tensors(self.model, self.dialect)
+        places = {key: self.find(key) for key in wanted}
+        dtypes = {tile.tensor: self.keys[found[0]].dtype for key, found in places.items() if found for tile in wanted[key].tiles}
+        dtype = model_dtype(config, dtypes, self.model)
+        stretches: dict[str, list[Stretch]] = {}
+        wrong: dict[str, str] = {}
+        for key, found in places.items():
+            tensors = dict.fromkeys(tile.tensor for tile in wanted[key].tiles)
+            if found is None:
+                self.missing += tensors
+                continue
+            self.used.add(found[0])
+            problem = self._problem(wanted[key], found)
+            if problem:
+                wrong[key] = problem
+                continue
+            boxes, base = self._boxes(wanted[key], found)
+            for tile in wanted[key].tiles:
+                stretches.setdefault(tile.tensor, []).append(Stretch(tile.source, base + tile.target, tile.rows, boxes))
+        return self._assemble(stretches, dtypes, dtype, wrong), list(wrong.items())
+
+    def _problem(self, wanted: MegatronTensor, found: tuple[str, int | None]) -> str:
+        shape, needed = tuple(self.keys[found[0]].shape), wanted.shape
+        if found[1] is not None:
+            if not shape or not found[1] < shape[0]:
+                return f"is {list(shape)}, too short for layer {found[1]}"
+            shape = shape[1:]
+        if wanted.padded and shape[1:] == needed[1:] and shape and shape[0] >= needed[0]:
+            return ""  # the vocabulary is padded to a multiple of the parallel layout; what lies behind config.json's size is cut off
+        return "" if shape == needed else f"is {list(shape)}, the config needs {list(needed)}"
+
+    def _boxes(self, wanted: MegatronTensor, found: tuple[str, int | None]) -> tuple[Boxes, int]:
+        key, layer = found
+        stored = self.keys[key]
+        columns = 1
+        for n in wanted.tail:
+            columns *= n
+        if (key, columns) not in self.boxes:
+            self.boxes[key, columns] = Boxes(stored, columns, self.files)
+        return self.boxes[key, columns], (layer or 0) * wanted.rows
+
+    def _assemble(self, stretches, dtypes, dtype, wrong):  # type: ignore[no-untyped-def]
+        readers: dict[str, RowReader] = {}
+        for name, tensor in self.model.tensors.items():
+            source = tensor.alias or name
+            if source not in stretches:
+                if tensor.alias and source not in self.model.tensors:
+                    self.missing.append(name)
+                continue
+            parts = tuple(sorted(stretches[source], key=lambda s: s.source))
+            if sum(part.rows for part in parts) != tensor.rows:
+                continue  # part of it is missing or wrong, and already said to be
+            rows = ChunkedRows(tensor.shape, dtypes[source], parts)
+            canonical = canonical_dtype(tensor, dtype)
+            if problem := mismatch(tensor, tensor.shape, rows.dtype, canonical):
+                wrong[name] = problem
+                continue
+            readers[name] = rows if rows.dtype == canonical else Widened(rows, canonical)
+        return readers
+
+
+def config_of(folder: InputFolder, origin: Origin, metadata: DcpMetadata) -> tuple[Mapping[str, object], bytes, tuple[str, ...]]:
+    """config.json from the origin, else rebuilt from what the run recorded. UnsupportedError or SourceError if neither tells enough."""
+    if origin.config is not None:
+        config = {name: value for name, value in origin.config.items() if name != "quantization_config"}
+        data = origin.config_bytes if len(config) == len(origin.config) else _dumped(config)
+        return config, data, ()
+    args, source = recorded_args(folder, metadata)
+    if args is None:
+        raise SourceError("has no config.json beside it, and no common.pt or run_config.yaml to rebuild one from.", file=folder.root,
+                          hint="Name the model's release with --origin DIR or --origin zai-org/....")  # fmt: skip
+    if args.get("multi_latent_attention") or args.get("q_lora_rank"):
+        raise UnsupportedError(f"{source} describes a model with latent attention, whose config is not rebuilt.", file=folder.root, hint="Pass --origin.")
+    config = to_config(args)
+    missing = [name for name in ("hidden_size", "num_hidden_layers", "vocab_size", "n_routed_experts", "first_k_dense_replace") if name not in config]
+    if missing:
+        raise SourceError(f"{source} does not tell {', '.join(missing)}.", file=folder.root, hint="Name the model's release with --origin.")
+    note = f"config.json rebuilt from {source}; token ids, tokenizer, templates and file layout are not known: pass --origin for them"
+    return config, _dumped(config), (note,)
+
+
+def _dumped(config: Mapping[str, object]) -> bytes:
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def recorded_args(folder: InputFolder, metadata: DcpMetadata) -> tuple[Mapping[str, object] | None, str]:
+    """The run's arguments: from common.pt (Megatron up to 0.18), from the common state inside (0.19 on), or from Bridge's run_config.yaml."""
+    if folder.exists(COMMON):
+        file = folder.open(COMMON)
+        common = read_common(lambda at, size: file.read(at, size), file.size, file=folder.root / COMMON)
+        if isinstance(common.get("args"), Mapping):
+            return common["args"], COMMON  # type: ignore[return-value]
+    state = next((metadata.objects[key] for key in metadata.objects if key.startswith("common_state/shard_")), None)
+    if state is not None:
+        file = folder.open(state.relative_path)
+        begin = state.offset
+        common = read_common(lambda at, size: file.read(begin + at, size), state.length, file=folder.root / state.relative_path)
+        if isinstance(common.get("args"), Mapping):
+            return common["args"], "common_state"  # type: ignore[return-value]
+    if folder.exists(RUN_CONFIG):
+        return read_run_config(folder.open(RUN_CONFIG), folder.root / RUN_CONFIG), RUN_CONFIG
+    return None, ""
+
+
+TORCH_DIST = Format("torch_dist", "Megatron torch_dist", detect, open_folder, torch_dist_layout.plan, manifest_at)
