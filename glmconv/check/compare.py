@@ -1,0 +1,136 @@
+"""Are two checkpoints the same weights? Compared bit by bit under canonical names, whatever their formats, streaming."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from glmconv.checkpoint import Checkpoint, LazyTensor
+from glmconv.errors import Interrupted
+
+CHUNK = 4 << 20
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor that is not the same: in words, and how far it is off. `worst` is the largest absolute difference, inf if a NaN is on one side only."""
+
+    tensor: str
+    what: str
+    elements: int = 0
+    worst: float = 0.0
+
+
+@dataclass
+class Comparison:
+    """`same` only if every tensor is in both, with the same shape, dtype and bits."""
+
+    tensors: int = 0
+    elements: int = 0
+    bytes: int = 0
+    aliases: int = 0  # copies that only one side stores, found equal to what they repeat
+    differences: list[Difference] = field(default_factory=list)
+
+    @property
+    def same(self) -> bool:
+        return not self.differences and self.tensors > 0
+
+    @property
+    def worst(self) -> list[Difference]:
+        """The differences, the gravest first: what is missing or shaped otherwise, then by distance."""
+        return sorted(self.differences, key=lambda d: (d.elements > 0, -d.worst, -d.elements, d.tensor))
+
+
+def compare(
+    a: Checkpoint, b: Checkpoint, *, workers: int = 2, progress: Callable[[int], None] | None = None, stop: threading.Event | None = None, every: int = 1
+) -> Comparison:
+    """Compare two opened checkpoints. `every` > 1 reads only each n-th tensor's bits (names, shapes and dtypes are always compared)."""
+    result = Comparison()
+    pairs = list(_pairs(a, b, result))
+    local = threading.local()
+
+    def bits(number: int) -> Difference | None:
+        if stop is not None and stop.is_set():
+            raise Interrupted(2)
+        left, right = pairs[number]
+        if not hasattr(local, "buffers"):
+            local.buffers = (bytearray(CHUNK), bytearray(CHUNK))
+        found = _compare_bits(left, right, local.buffers)
+        if progress:
+            progress(left.nbytes)
+        return found
+
+    with ThreadPoolExecutor(workers) as pool:
+        chosen = range(0, len(pairs), every)
+        for number, found in zip(chosen, pool.map(bits, chosen), strict=True):
+            left = pairs[number][0]
+            result.tensors += 1
+            result.elements += left.nbytes // left.dtype.itemsize
+            result.bytes += left.nbytes
+            if found:
+                result.differences.append(found)
+    return result
+
+
+def _pairs(a: Checkpoint, b: Checkpoint, result: Comparison) -> Iterator[tuple[LazyTensor, LazyTensor]]:
+    """The tensors to compare bit by bit; what differs before that goes into `result`."""
+    for name in dict.fromkeys([*a.tensors, *b.tensors]):
+        left, right = _of(a, b, name), _of(b, a, name)
+        if left is None or right is None:
+            result.differences.append(Difference(name, f"is only in {(a if right is None else b).path}"))
+        elif left.shape != right.shape:
+            result.differences.append(Difference(name, f"is {list(left.shape)} and {list(right.shape)}"))
+        elif left.dtype != right.dtype:
+            result.differences.append(Difference(name, f"is {left.dtype} and {right.dtype}"))
+        else:
+            result.aliases += name not in a.tensors or name not in b.tensors
+            yield left, right
+
+
+def _of(side: Checkpoint, other: Checkpoint, name: str) -> LazyTensor | None:
+    """The tensor, or the one that it repeats where this side leaves copies out."""
+    if name in side.tensors:
+        return side.tensors[name]
+    alias = other.arch.tensors[name].alias if name in other.arch.tensors else ""
+    return side.tensors.get(alias)
+
+
+def _compare_bits(left: LazyTensor, right: LazyTensor, buffers: tuple[bytearray, bytearray]) -> Difference | None:
+    rows = max(1, CHUNK // left.row_size)
+    differing, worst = 0, 0.0
+    for start in range(0, left.shape[0], rows):
+        size = min(rows, left.shape[0] - start) * left.row_size
+        views = [_view(buffer, size) for buffer in buffers]
+        left.read_into(start, views[0])
+        right.read_into(start, views[1])
+        x, y = (np.frombuffer(view, np.uint8) for view in views)
+        if not np.array_equal(x, y):
+            count, off = _distance(x, y, left.dtype.name, left.dtype.itemsize)
+            differing, worst = differing + count, max(worst, off)
+    return Difference(left.name, f"differs in {differing:,} of {left.nbytes // left.dtype.itemsize:,} elements", differing, worst) if differing else None
+
+
+def _view(buffer: bytearray, size: int) -> memoryview:
+    if len(buffer) < size:  # one row larger than a chunk
+        buffer.extend(bytes(size - len(buffer)))
+    return memoryview(buffer)[:size]
+
+
+def _distance(x: np.ndarray, y: np.ndarray, dtype: str, itemsize: int) -> tuple[int, float]:  # type: ignore[type-arg]
+    """Elements whose bits differ, and the largest absolute difference among them."""
+    a, b = x.view(f"<u{itemsize}"), y.view(f"<u{itemsize}")
+    at = np.nonzero(a != b)[0]
+    a, b = a[at], b[at]
+    if dtype == "bfloat16":
+        p, q = ((v.astype(np.uint32) << 16).view(np.float32) for v in (a, b))
+    elif dtype in ("float16", "float32", "float64"):
+        p, q = (v.view(f"<f{itemsize}") for v in (a, b))
+    else:
+        return len(at), float(len(at))
+    with np.errstate(all="ignore"):
+        off = np.abs(p.astype(np.float64) - q.astype(np.float64))
+    return len(at), float(np.nan_to_num(off, nan=np.inf, posinf=np.inf).max())

@@ -1,0 +1,201 @@
+"""The main flow: open, plan, refuse or run, finish. What `glmconv convert` and `glmconv plan` do, as functions."""
+
+from __future__ import annotations
+
+import heapq
+import os
+import resource
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from glmconv.checkpoint import Checkpoint, open_checkpoint
+from glmconv.engine.plan import Plan, by_source
+from glmconv.engine.queue import JobQueue, ranks_here
+from glmconv.engine.run import Outcome, Target, preflight
+from glmconv.engine.run import run as run_plans
+from glmconv.errors import CapacityError, UsageError
+from glmconv.formats import FORMATS
+from glmconv.formats.format import LayoutOptions
+from glmconv.targets import TargetSpec, parse_targets
+
+CHUNK = 4 << 20
+SMALLEST_CHUNK = 1 << 20
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a conversion may be told. `file_size` in bytes; `max_memory` in bytes of resident memory; `mtp` False drops the MTP layers."""
+
+    workers: int | None = None
+    max_memory: int | None = None
+    file_size: int | None = None
+    chunk_size: int = 64 << 20
+    iteration: int | None = None
+    mtp: bool = True
+    origin: str | None = None
+    resume: bool = True
+    resume_check: str = "full"
+    overwrite: bool = False
+
+    @property
+    def layout(self) -> LayoutOptions:
+        return LayoutOptions(self.file_size, self.chunk_size, self.iteration, self.mtp)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Threads and buffers of a run; `peak` is the resident memory that it should not exceed, in bytes."""
+
+    workers: int
+    chunk: int
+    peak: int
+
+
+def resources(options: Options) -> Resources:
+    """Workers and buffer size that `max_memory` allows: two buffers a worker beside what the process holds. CapacityError if not even one fits."""
+    workers = options.workers or max(1, min(8, (os.cpu_count() or 1) // ranks_here()))
+    base = resident() + (64 << 20)  # what reading headers, journals and marks takes at most, seen with 44,691 tensors
+    chunk = CHUNK
+    limit = options.max_memory
+    if limit is not None:
+        while workers > 1 and base + workers * 2 * chunk > limit:
+            workers -= 1
+        while chunk > SMALLEST_CHUNK and base + 2 * chunk > limit:
+            chunk //= 2
+        if base + 2 * chunk > limit:
+            raise CapacityError(
+                f"--max-memory {limit / GIB:.2f} GiB is less than one worker needs here: {(base + 2 * chunk) / GIB:.2f} GiB.", hint="Allow more memory."
+            )
+    return Resources(workers, chunk, base + workers * 2 * chunk)
+
+
+def resident() -> int:
+    """The process's resident memory now, in bytes."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def plan_targets(source: Checkpoint, targets: Sequence[TargetSpec], options: Options) -> list[Plan]:
+    """One plan a target: every file of the output, before one weight is read."""
+    return [FORMATS[target.to].plan(source.opened, options.layout) for target in targets]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion would do: `plan --json` prints it."""
+
+    targets: list[dict[str, object]]
+    bytes_read: int
+    bytes_written: int
+    peak_memory: int
+    disk_needed: int
+    jobs: int
+    ranks: list[dict[str, int]]
+    notes: list[str]
+
+
+def plan(src: str | Path, to: Sequence[str], dst: Path | None = None, *, options: Options | None = None, ranks: int = 1) -> Summary:
+    """Plan a conversion without writing anything. Raises as `convert` does for a source that is not in order."""
+    options = options or Options()
+    targets = parse_targets(to, dst, need_path=False)
+    with open_checkpoint(src, mtp=options.mtp, origin=options.origin) as source:
+        plans = plan_targets(source, targets, options)
+        needed = sum(p.size for p in plans)
+        if all(target.path for target in targets):
+            needed = preflight(_engine_targets(targets, plans), source_root=source.path, resume=options.resume, overwrite=options.overwrite)
+        return Summary(
+            targets=[_described(target, p) for target, p in zip(targets, plans, strict=True)],
+            bytes_read=bytes_read(source, plans),
+            bytes_written=sum(p.size for p in plans),
+            peak_memory=resources(options).peak,
+            disk_needed=needed,
+            jobs=sum(len(p.files) for p in plans),
+            ranks=balance(source, plans, ranks),
+            notes=list(source.opened.notes),
+        )
+
+
+def _described(target: TargetSpec, plan: Plan) -> dict[str, object]:
+    tensors = sum(1 for file in plan.files for piece in file.pieces if piece.digested)
+    return {
+        "to": target.to, "path": str(target.path) if target.path else None, "files": len(plan.files) + len(plan.marks), "bytes": plan.size,
+        "tensors": tensors, "plan_id": plan.id,
+    }  # fmt: skip
+
+
+def bytes_read(source: Checkpoint, plans: Sequence[Plan]) -> int:
+    """Bytes that leave the source's disk: what several targets share is read once, then comes from the page cache."""
+    most = 0
+    for made in plans:
+        pieces = [piece for file in made.files for piece in file.pieces if piece.runs]
+        most = max(most, sum(piece.payload * (1 + bool(piece.equals)) for piece in pieces))
+    return most
+
+
+def balance(source: Checkpoint, plans: Sequence[Plan], ranks: int) -> list[dict[str, int]]:
+    """Jobs and bytes of each rank, if all are equally fast: each takes the next job of the queue when it has finished its last."""
+    sizes = [made.files[number].size for made in plans for number in by_source(made.files, source)]
+    heap = [(0, rank, 0) for rank in range(ranks)]
+    for size in sizes:
+        done, rank, jobs = heapq.heappop(heap)
+        heapq.heappush(heap, (done + size, rank, jobs + 1))
+    return [{"rank": rank, "jobs": jobs, "bytes": done} for done, rank, jobs in sorted(heap, key=lambda entry: entry[1])]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion made."""
+
+    outcomes: list[Outcome]
+    source: Mapping[str, object]
+    tensors: int
+    dropped: int
+    notes: list[str]
+    workers: int
+
+
+def convert(
+    src: str | Path,
+    targets: Mapping[str, str | Path] | Sequence[TargetSpec],
+    *,
+    options: Options | None = None,
+    progress: Callable[[int], None] | None = None,
+    started: Callable[[int], None] | None = None,
+    stop: threading.Event | None = None,
+    queue: JobQueue | None = None,
+) -> Converted:
+    """Convert `src` into every target (`{"torch_dist": DIR}`), the source read once; the same call again resumes.
+
+    `started` is told the bytes to be written, then `progress` each number of bytes done; `stop`, once set, ends the run within a chunk.
+    Raises one of `glmconv.errors`; a finished output is never left half changed.
+    """
+    options = options or Options()
+    specs = [TargetSpec(to, Path(path)) for to, path in targets.items()] if isinstance(targets, Mapping) else list(targets)
+    if not specs or any(spec.path is None for spec in specs):
+        raise UsageError("every target needs a folder.")
+    for spec in specs:
+        if spec.to not in FORMATS:
+            raise UsageError(f"no format is called {spec.to!r}.", hint=f"Formats: {', '.join(FORMATS)}.")
+    with open_checkpoint(src, mtp=options.mtp, origin=options.origin) as source:
+        plans = plan_targets(source, specs, options)
+        made = _engine_targets(specs, plans)
+        preflight(made, source_root=source.path, resume=options.resume, overwrite=options.overwrite)
+        has = resources(options)
+        if started:
+            started(sum(p.size for p in plans))
+        outcomes = run_plans(
+            made, source, workers=has.workers, chunk_size=has.chunk, queue=queue, resume=options.resume, resume_check=options.resume_check,
+            overwrite=options.overwrite, stop=stop, progress=progress, source_root=source.path,
+        )  # fmt: skip
+        facts = {"path": str(source.path), "format": source.format, "model_type": source.arch.spec.model_type}
+        return Converted(outcomes, facts, len(source), len(source.opened.dropped), list(source.opened.notes), has.workers)
+
+
+def _engine_targets(specs: Sequence[TargetSpec], plans: Sequence[Plan]) -> list[Target]:
+    return [Target(made, spec.path.absolute()) for spec, made in zip(specs, plans, strict=True) if spec.path is not None]
