@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 from glmconv.archs import glm4_moe
 from glmconv.archs.model import Model, TensorSpec, bind
-from glmconv.archs.spec import ArchSpec, Preset
+from glmconv.archs.spec import ArchSpec, Preset, Role
 from glmconv.errors import UnsupportedError, UsageError
 
 SPECS = {spec.model_type: spec for spec in (glm4_moe.SPEC,)}
 SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "n_routed_experts", "max_position_embeddings", "intermediate_size", "vocab_size")
 
-__all__ = ["SPECS", "ArchSpec", "Model", "Preset", "TensorSpec", "bind", "preset_named", "preset_of", "presets", "spec_for"]
+__all__ = ["SPECS", "ArchSpec", "Model", "Preset", "Role", "TensorSpec", "bind", "preset_named", "preset_of", "presets", "spec_for"]
 
 
 def spec_for(config: Mapping[str, object], file: object = "config.json") -> ArchSpec:

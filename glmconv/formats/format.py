@@ -107,6 +107,7 @@ class LayoutOptions:
     iteration: int | None = None
     mtp: bool = True
     dialect: str = "te"
+    apart: str = ""  # file for the MTP layers, where the release's layout is not known
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def file_layout(opened: Opened, options: LayoutOptions) -> FileLayout:
         if not numbered and {t for _, _, order in kept for t in order} == set(names):
             return FileLayout(tuple(file for file in kept if file[2]), opened.layout.index)
     preset = preset_of(opened.config)
-    apart = preset.mtp_file if preset else ""
+    apart = options.apart or (preset.mtp_file if preset else "")
     return sharded(opened.model, opened.tensors, options.file_size or SHARD_SIZE, apart)
 
 

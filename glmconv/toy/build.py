@@ -1,0 +1,100 @@
+"""Builds a toy: a config made small, its tensors through the spec, its files through the same plan and commit protocol as any conversion."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from glmconv.archs import bind, preset_named
+from glmconv.checkpoint import Checkpoint
+from glmconv.dtypes import BY_NAME
+from glmconv.engine.run import Outcome, Target, preflight, run
+from glmconv.errors import UsageError
+from glmconv.formats.format import LayoutOptions, Opened
+from glmconv.formats.huggingface import plan
+from glmconv.toy.tokenizer import SMALLEST_VOCABULARY, side_files, special_ids
+from glmconv.toy.weights import Literal, Tables, toy_rows
+
+WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size")
+
+
+@dataclass(frozen=True)
+class ToyOptions:
+    """How small: `scale` multiplies every width, 1 keeps them all true; `layers` and `experts` None keep the preset's number."""
+
+    layers: int | None = 5
+    experts: int | None = 16
+    scale: Fraction = Fraction(1, 16)
+    seed: int = 0
+    mtp: bool = True
+    file_size: int | None = None
+
+
+def small_config(config: dict[str, object], options: ToyOptions) -> dict[str, object]:
+    """The preset's config.json made small. Heads stay a multiple of KV groups, heads x head_dim stays unequal to the hidden size."""
+
+    def number(field: str) -> int:
+        value = config[field]
+        assert isinstance(value, int)
+        return value
+
+    def scaled(value: int, step: int, least: int) -> int:
+        return value if options.scale == 1 else max(least, int(value * options.scale) // step * step)
+
+    small = dict(config) | {field: scaled(number(field), 8, 16) for field in WIDTHS}
+    groups = number("num_key_value_heads") if options.scale == 1 else max(2, int(number("num_key_value_heads") * options.scale))
+    per_group = number("num_attention_heads") // number("num_key_value_heads")
+    heads = number("num_attention_heads") if options.scale == 1 else groups * max(2, int(per_group * options.scale * 4))
+    layers = options.layers or number("num_hidden_layers")
+    experts = options.experts or number("n_routed_experts")
+    small |= {
+        "num_key_value_heads": groups,
+        "num_attention_heads": heads,
+        "head_dim": scaled(number("head_dim"), 8, 32),
+        "vocab_size": max(SMALLEST_VOCABULARY, scaled(number("vocab_size"), 8, SMALLEST_VOCABULARY)),
+        "num_hidden_layers": layers,
+        "first_k_dense_replace": min(number("first_k_dense_replace"), max(0, layers - 1)),
+        "n_routed_experts": experts,
+        "num_experts_per_tok": min(number("num_experts_per_tok"), max(1, experts // 2)),
+        "num_nextn_predict_layers": number("num_nextn_predict_layers") if options.mtp else 0,
+    }
+    ids = special_ids()
+    return small | {"eos_token_id": [ids["<|endoftext|>"], ids["<|user|>"], ids["<|observation|>"]], "pad_token_id": ids["<|endoftext|>"]}
+
+
+def toy_checkpoint(preset_name: str, options: ToyOptions) -> Checkpoint:
+    """A source of any size that lies nowhere: its rows are made as they are read."""
+    spec, preset = preset_named(preset_name)
+    config = small_config(dict(preset.config), options)
+    aliases = preset.aliases and options.mtp
+    model = bind(spec, config, aliases=aliases, file=f"toy {preset.name}")
+    tables = Tables(options.seed)
+    dtype = BY_NAME["bfloat16"]
+    tensors = {name: toy_rows(tensor, dtype, tables, number) for number, (name, tensor) in enumerate(model.tensors.items())}
+    opened = Opened(
+        format="toy", path=Path(f"toy-{preset.name}"), config=config, config_bytes=(json.dumps(config, indent=2) + "\n").encode(), model=model,
+        tensors=tensors, folders=(), fingerprint={"format": "toy", "preset": preset.name, "seed": options.seed, "files": {}},
+        side_files={name: Literal(content) for name, content in side_files(config).items()},
+    )  # fmt: skip
+    return Checkpoint(opened)
+
+
+def build(
+    preset: str, path: str | Path, options: ToyOptions | None = None, *, workers: int = 2, overwrite: bool = False,
+    started: Callable[[int], None] | None = None, progress: Callable[[int], None] | None = None, stop: threading.Event | None = None,
+) -> Outcome:  # fmt: skip
+    """Write a toy of `preset` as a Hugging Face folder. UsageError for sizes that make no model."""
+    options = options or ToyOptions()
+    if not 0 < options.scale <= 1 or (options.layers or 1) < 1 or (options.experts or 2) < 2:
+        raise UsageError("a toy has at least 1 layer, 2 experts, and a scale above 0 and at most 1.")
+    source = toy_checkpoint(preset, options)
+    made = plan(source.opened, LayoutOptions(file_size=options.file_size, apart=preset_named(preset)[1].mtp_file))
+    target = Target(made, Path(path).absolute())
+    preflight([target], source_root=None, overwrite=overwrite, resume=True)
+    if started:
+        started(made.size)
+    return run([target], source, workers=workers, overwrite=overwrite, stop=stop, progress=progress)[0]
