@@ -158,3 +158,8 @@ def verify_same(
                 if name not in named:
                     result.differences.append(Difference(name, f"{what} (in {opened.path})"))
         return result
+
+
+def verify(a: str | Path, b: str | Path | None = None, *, workers: int = 2) -> ManifestCheck | Comparison:
+    """Are `a` and `b` the same weights; or, with `b` None, is `a` what its manifest says? The result's `same` is the answer."""
+    return verify_output(a, workers=workers) if b is None else verify_same(a, b, workers=workers)

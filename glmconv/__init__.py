@@ -1,0 +1,31 @@
+"""glmconv: GLM checkpoints between Hugging Face, Megatron torch_dist, FP8, AWQ and GGUF, on CPUs, streaming, resumable, exact.
+
+The same verbs as on the command line, as functions: `open_checkpoint`, `plan`, `convert`, `verify`. Importing this package is quick; what a
+verb needs is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from glmconv.check.verify import verify, verify_output, verify_same
+    from glmconv.checkpoint import Checkpoint, LazyTensor, open_checkpoint
+    from glmconv.convert import Options, convert, plan
+    from glmconv.errors import GlmconvError
+
+VERBS = {
+    "Checkpoint": "glmconv.checkpoint", "LazyTensor": "glmconv.checkpoint", "open_checkpoint": "glmconv.checkpoint",
+    "Options": "glmconv.convert", "convert": "glmconv.convert", "plan": "glmconv.convert", "verify": "glmconv.check.verify",
+    "verify_output": "glmconv.check.verify", "verify_same": "glmconv.check.verify", "GlmconvError": "glmconv.errors",
+}  # fmt: skip
+__all__ = [
+    "Checkpoint", "GlmconvError", "LazyTensor", "Options", "convert", "open_checkpoint", "plan", "verify", "verify_output", "verify_same",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name in VERBS:
+        return getattr(import_module(VERBS[name]), name)
+    raise AttributeError(f"module 'glmconv' has no attribute {name!r}")

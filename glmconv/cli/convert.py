@@ -1,0 +1,105 @@
+"""`glmconv convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from glmconv.cli.options import output_of, output_options, run_options
+from glmconv.cli.output import Output, human
+from glmconv.cli.plan import show_plan
+
+EPILOG = """\b
+Examples:
+  glmconv convert zai-org/GLM-4.5 /models/glm45 --to torch_dist
+  glmconv convert /models/glm45 /models/glm45-hf --to hf
+  glmconv convert SRC --to torch_dist=DIR --to hf=DIR2
+  torchrun --nnodes 2 --nproc-per-node 8 ... -m glmconv convert SRC DST --to torch_dist
+"""
+
+
+@click.command("convert", epilog=EPILOG)
+@click.argument("src")
+@click.argument("dst", required=False, type=click.Path(path_type=Path))
+@click.option("--to", multiple=True, metavar="FORMAT[=DIR]", help="What to write: hf or torch_dist; several may be given, each with its folder.")
+@run_options
+@click.option("--verify", "check", type=click.Choice(["none", "sample", "full"]), default="sample", show_default=True, help="Read back and compare.")
+@click.option("-n", "--dry-run", is_flag=True, help="Plan only: say what would be written, write nothing.")
+@output_options
+@click.pass_context
+def command(ctx: click.Context, src: str, dst: Path | None, to: tuple[str, ...], check: str, dry_run: bool, **chosen: object) -> int:
+    """Convert the checkpoint SRC (a folder or a Hub id) into DST.
+
+    The same command again, after any interruption, goes on where it stopped and gives the same bytes.
+    """
+    from glmconv.cli.sessions import stoppable
+    from glmconv.convert import convert, options_of
+    from glmconv.targets import parse_targets
+
+    out = output_of(ctx)
+    options = options_of(chosen)
+    if dry_run:
+        return show_plan(out, src, dst, to, options, 1, 1)
+    targets = parse_targets(to, dst)
+    with stoppable() as stop, out.bar("convert") as (started, progress):
+        done = convert(src, targets, options=options, started=started, progress=progress, stop=stop)
+    for note in done.notes:
+        out.note(f"note: {note}")
+    verified = _verify(out, src, [target.path for target in targets if target.path], check, done.workers, chosen)
+    if out.json:
+        out.json_data(_summary(done, verified))
+    else:
+        _print(out, src, targets, done, verified)
+    return 0
+
+
+def _verify(out: Output, src: str, paths: list[Path], check: str, workers: int, chosen: dict[str, object]) -> dict[str, object]:
+    """Read the outputs back. VerificationError if a bit differs."""
+    from glmconv.cli.sessions import stoppable
+    from glmconv.convert import this_rank
+    from glmconv.check.read_back import read_back
+
+    if check == "none" or this_rank() != 0:
+        return {"verify": "none"}
+    with stoppable() as stop, out.bar("verify") as (started, progress):
+        origin = chosen.get("origin")
+        counts = read_back(
+            src, paths, sample=check == "sample", mtp=chosen.get("mtp") != "drop", origin=str(origin) if origin else None, workers=workers,
+            started=started, progress=progress, stop=stop,
+        )  # fmt: skip
+    return {"verify": check, **counts}
+
+
+def _summary(done: object, verified: dict[str, object]) -> dict[str, object]:
+    from glmconv.convert import Converted
+
+    assert isinstance(done, Converted)
+    targets = [
+        {"to": o.target.plan.to, "path": str(o.target.root), "plan_id": o.target.plan.id, "bytes": o.target.plan.size, "files_written": o.files_written,
+         "files_kept": o.files_kept, "bytes_written": o.bytes_written, "already_done": o.already_done, "manifest": str(o.manifest)}
+        for o in done.outcomes
+    ]  # fmt: skip
+    return {"source": dict(done.source), "tensors": done.tensors, "dropped": done.dropped, "targets": targets, "notes": done.notes, **verified}
+
+
+def _print(out: Output, src: str, targets: object, done: object, verified: dict[str, object]) -> None:
+    from glmconv.convert import Converted
+
+    assert isinstance(done, Converted)
+    for outcome in done.outcomes:
+        plan = outcome.target.plan
+        if outcome.moved_aside:
+            out.note(f"what was there is now {outcome.moved_aside}")
+        if outcome.already_done:
+            out.data(f"{outcome.target.root}: already done ({plan.to}, {human(plan.size)}); nothing was written")
+            continue
+        kept = f", {outcome.files_kept} of them kept from before" if outcome.files_kept else ""
+        out.data(f"{outcome.target.root}: {plan.to}, {done.tensors:,} tensors, {len(plan.files)} files{kept}, {human(plan.size)}")
+    if done.dropped:
+        out.data(f"{done.dropped:,} MTP tensors left out (--mtp drop)")
+    if verified.get("tensors"):
+        out.data(f"read back: {verified['tensors']:,} tensors are bit-identical")
+    first = done.outcomes[0]
+    other = "hf" if first.target.plan.to == "torch_dist" else "torch_dist"
+    out.note(f"next: glmconv verify {src} {first.target.root}   or   glmconv convert {first.target.root} DST --to {other}")

@@ -1,0 +1,86 @@
+"""Options that several commands share, and the types that parse them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, TypeVar
+
+import click
+
+from glmconv.cli.output import Output
+
+F = TypeVar("F", bound=Callable[..., Any])
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+class Bytes(click.ParamType[int]):
+    """A size such as 5GB, 512MiB or 1000000; kB, MB, GB, TB are decimal."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([kmgt]?i?)b?", str(value).strip().lower())
+        if not match or match[2] not in UNITS:
+            self.fail(f"{value!r} is no size; write 5GB, 512MiB or a number of bytes.", param, ctx)
+        size = int(Fraction(match[1]) * UNITS[match[2]])
+        if size < 1:
+            self.fail("a size is at least 1 byte.", param, ctx)
+        return size
+
+
+class Ratio(click.ParamType[Fraction]):
+    """A ratio such as 1/16 or 0.25, above 0 and at most 1."""
+
+    name = "ratio"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Fraction:
+        try:
+            ratio = Fraction(str(value)[:32])
+        except (ValueError, ZeroDivisionError):
+            self.fail(f"{value!r} is no ratio; write 1/16 or 0.25.", param, ctx)
+        if not 0 < ratio <= 1:
+            self.fail("a scale is above 0 and at most 1.", param, ctx)
+        return ratio
+
+
+def output_options(command: F) -> F:
+    """--json, -q, -v, --progress: collected into one `out: Output`."""
+
+    def gather(ctx: click.Context, param: click.Parameter, value: object) -> object:
+        out = ctx.ensure_object(dict)
+        out[param.name] = value
+        return value
+
+    keep: dict[str, Any] = {"callback": gather, "expose_value": False, "is_eager": True}
+    command = click.option("--json", is_flag=True, help="Print the result as JSON on stdout.", **keep)(command)
+    command = click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.", **keep)(command)
+    command = click.option("-v", "--verbose", is_flag=True, help="More on stderr.", **keep)(command)
+    kinds = click.Choice(["auto", "bar", "plain", "none"])
+    return click.option("--progress", type=kinds, default="auto", show_default=True, help="Progress on stderr; auto: a bar on a terminal.", **keep)(command)
+
+
+def output_of(ctx: click.Context) -> Output:
+    found = ctx.ensure_object(dict)
+    return Output(found.get("json", False), found.get("quiet", False), found.get("verbose", False), found.get("progress", "auto"))
+
+
+def run_options(command: F) -> F:
+    """Options of every command that writes a checkpoint."""
+    many = click.IntRange(1, 256)
+    for option in (
+        click.option("-j", "--workers", type=many, help="Threads that write files. Default: the cores of this rank, at most 8."),
+        click.option("--max-memory", type=Bytes(), help="Resident memory not to exceed; fewer workers and smaller buffers if need be."),
+        click.option("--shard-size", "file_size", type=Bytes(), help="Bytes per file. Default: the release's own files, else 5GB (torch_dist: 1GiB)."),
+        click.option("--resume/--no-resume", default=True, show_default=True, help="Keep the files that an earlier run of this command finished."),
+        click.option("--resume-check", type=click.Choice(["full", "sampled"]), default="full", show_default=True, help="How finished files are checked."),
+        click.option("--overwrite", is_flag=True, help="Move what is at the destination aside (DST.bak-N) and start anew. Deletes nothing."),
+        click.option("--mtp", type=click.Choice(["keep", "drop"]), default="keep", show_default=True, help="The multi-token prediction layer."),
+        click.option("--origin", metavar="DIR|ID", help="The Hugging Face release of a torch_dist checkpoint: config, tokenizer, file layout."),
+        click.option("--iteration", type=click.IntRange(0, 9_999_999), help="torch_dist: write iter_N instead of release."),
+    ):
+        command = option(command)
+    return command

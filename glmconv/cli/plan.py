@@ -1,0 +1,57 @@
+"""`glmconv plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from glmconv.cli.options import output_of, output_options, run_options
+from glmconv.cli.output import Output, human, table
+
+if TYPE_CHECKING:
+    from glmconv.convert import Options
+
+EPILOG = """\b
+Examples:
+  glmconv plan zai-org/GLM-4.5 --to torch_dist --nodes 2 --ranks-per-node 8
+  glmconv plan SRC --to torch_dist --json
+"""
+
+
+@click.command("plan", epilog=EPILOG)
+@click.argument("src")
+@click.argument("dst", required=False, type=click.Path(path_type=Path))
+@click.option("--to", multiple=True, metavar="FORMAT[=DIR]", help="What would be written: hf or torch_dist; several may be given.")
+@click.option("--nodes", type=click.IntRange(1, 100_000), default=1, show_default=True, help="Balance over this many nodes.")
+@click.option("--ranks-per-node", type=click.IntRange(1, 1024), default=1, show_default=True, help="Ranks on each node.")
+@run_options
+@output_options
+@click.pass_context
+def command(ctx: click.Context, src: str, dst: Path | None, to: tuple[str, ...], nodes: int, ranks_per_node: int, **chosen: object) -> int:
+    """Say what converting SRC would read, write and need. Nothing is written."""
+    from glmconv.convert import options_of
+
+    return show_plan(output_of(ctx), src, dst, to, options_of(chosen), nodes, ranks_per_node)
+
+
+def show_plan(out: Output, src: str, dst: Path | None, to: tuple[str, ...], options: Options, nodes: int, ranks_per_node: int) -> int:
+    from glmconv.convert import plan
+
+    summary = plan(src, to, dst, options=options, ranks=nodes * ranks_per_node)
+    if out.json:
+        out.json_data(summary)
+        return 0
+    rows = [(str(t["to"]), str(t["path"] or "-"), f"{t['files']:,}", human(float(str(t["bytes"]))), f"{t['tensors']:,}") for t in summary.targets]
+    out.data(table(rows, ("to", "path", "files", "bytes", "tensors")))
+    out.data(f"read {human(summary.bytes_read)}, write {human(summary.bytes_written)} in {summary.jobs:,} jobs; disk needed {human(summary.disk_needed)}, "
+             f"peak memory {human(summary.peak_memory)} a rank")  # fmt: skip
+    if len(summary.ranks) > 1:
+        loads = [rank["bytes"] for rank in summary.ranks]
+        mean = sum(loads) / len(loads)
+        out.data(f"{len(loads)} ranks: {human(min(loads))} to {human(max(loads))} each, the fullest {max(loads) / mean * 100 - 100:.1f} % above the mean")
+    for note in summary.notes:
+        out.note(f"note: {note}")
+    out.note(f"next: glmconv convert {src} {dst or 'DST'} {' '.join(f'--to {t}' for t in to)}")
+    return 0
