@@ -55,7 +55,7 @@ format: $(INSTALLED) ## Sort the imports and format
 soak: $(INSTALLED) ## Run crash, race and fuzz tests in their long form (hours) and write down their figures
 	@mkdir -p build
 	GLMCONV_SOAK=1 $(BIN)/python -m pytest -n $(JOBS) -q --durations=20 --junit-xml=build/soak.xml $(SOAK)
-	$(BIN)/python docs/soak_figures.py build/soak.xml docs/reliability.md
+	$(BIN)/python tests/soak_figures.py build/soak.xml docs/reliability.md
 
 bench: $(INSTALLED) ## Run the benchmarks
 	@test -d bench || { echo 'no bench/ here yet' >&2; exit 1; }
