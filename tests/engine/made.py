@@ -1,0 +1,98 @@
+"""Tiny plans and a source in memory: the engine's tests need bytes and layouts, no model."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from glmconv.engine.plan import OutputFile, Piece, Plan, Run, SmallFile
+from glmconv.errors import SourceError
+
+ROW = 48  # bytes of one row of every made tensor
+CHUNK = 4096  # the engine moves pages; a file of some 6 kB takes two or three writes
+TENSORS = ("a", "b", "c", "d", "e")
+
+
+@dataclass(frozen=True)
+class Framed:
+    """A local header with a length and a CRC-32 behind the payload, as a zip has them."""
+
+    payload: int
+
+    @property
+    def size_before(self) -> int:
+        return 8
+
+    @property
+    def size_after(self) -> int:
+        return 4
+
+    def before(self) -> bytes:
+        return self.payload.to_bytes(8, "little")
+
+    def after(self, crc32: int) -> bytes:
+        return crc32.to_bytes(4, "little")
+
+
+class MadeSource:
+    """Tensors of random bytes in one made file. `flaw` makes every read fail; `changed` makes the source say that it was changed."""
+
+    def __init__(self, seed: int = 0, rows: int = 64, names: tuple[str, ...] = TENSORS) -> None:
+        rng = random.Random(seed)
+        self.tensors: dict[str, bytes] = {name: rng.randbytes(rows * ROW) for name in names}
+        self.tensors["tied"] = self.tensors[names[0]]
+        self.flaw = ""
+        self.changed = False
+
+    def row_size(self, tensor: str) -> int:
+        return ROW
+
+    def read_into(self, tensor: str, start: int, out: memoryview) -> None:
+        if self.flaw == tensor:
+            raise SourceError("cannot be read.", file="made", tensor=tensor)
+        out[:] = self.tensors[tensor][start * ROW : start * ROW + len(out)]
+
+    def place(self, tensor: str) -> tuple[int, int]:
+        return 0, list(self.tensors).index(tensor)
+
+    def check_unchanged(self) -> None:
+        if self.changed:
+            raise SourceError("was changed while it was read.", file="made")
+
+
+def piece(name: str, *runs: Run, framed: bool = False, equals: tuple[str, ...] = ()) -> Piece:
+    payload = sum(run.rows for run in runs) * ROW
+    return Piece(name, "uint8", (payload,), payload, runs, frame=Framed(payload) if framed else None, equals=equals)
+
+
+def made_plan(label: str = "made", rows: int = 64, files: int = 3) -> Plan:
+    """Up to four files (one of them in a folder, one of literals only) and three marks, some 15 kB; `label` changes its id and its bytes."""
+    half = rows // 2
+    everything = (
+        OutputFile(
+            "shard-00001", f"header of {label}".encode(), (piece("a", Run("a", 0, rows), equals=("tied",)), piece("b.upper", Run("b", half, rows - half)))
+        ),
+        OutputFile("shard-00002", b"", (piece("c", Run("c", 0, half), Run("b", 0, half), framed=True), Piece("note", "uint8", (5,), 5, literal=b"notes"))),
+        OutputFile("folder/part", b"h" * 700, (piece("d", Run("d", 0, rows)), piece("e", Run("e", 1, rows - 1)))),
+        OutputFile("words", b"", (Piece("words", "uint8", (len(label),), len(label), literal=label.encode()),)),
+    )
+    chosen = everything[:files]
+    marks = (SmallFile("index.json", b'{"index":1}'), SmallFile("config.json", b'{"of":"' + label.encode() + b'"}'), SmallFile("latest", b"release"))
+    source = {"format": "made", "files": {"made": [rows * ROW * len(TENSORS), "0" * 64]}, "commit": None}
+    return Plan("made", {"label": label}, source, chosen, marks)
+
+
+def expected_file(file: OutputFile, source: MadeSource) -> bytes:
+    """A file's bytes, put together without the engine."""
+    content = bytearray(file.header)
+    for p in file.pieces:
+        payload = p.literal or b"".join(source.tensors[r.tensor][r.start * ROW : (r.start + r.rows) * ROW] for r in p.runs)
+        content += p.frame.before() + payload + p.frame.after(zlib.crc32(payload)) if p.frame else payload
+    return bytes(content)
+
+
+def expected(plan: Plan, source: MadeSource) -> Mapping[str, bytes]:
+    """Every file and mark of a finished output, without its manifest."""
+    return {f.name: expected_file(f, source) for f in plan.files} | {mark.name: mark.content for mark in plan.marks}

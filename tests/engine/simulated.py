@@ -1,0 +1,510 @@
+"""A disk in memory that forgets what was not synced: the same door as `glmconv.engine.files.Disk`, with power losses and errors at will.
+
+The model is the weakest that POSIX allows and journalling filesystems have been seen to do:
+
+- `sync` makes one file's data durable and says nothing of its names; `sync_folder` makes one folder's names durable and says nothing of the
+  files behind them, nor of the folder's own name in its parent;
+- a power loss keeps any subset of the un-synced names and, of un-synced data, all, nothing, zeros, or any 512-byte sectors;
+- a rename is atomic: both of its halves are there or none;
+- a failed `sync` drops the dirty pages and marks them clean: reading still shows them, a second `sync` succeeds, the disk never gets them;
+- a failed `close` of a written file means that the server refused the data, synced or not, as filesystems that store on close do.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from glmconv.engine.files import Disk, FileStatus
+
+SECTOR = 512
+CHANGING = frozenset({"mkdir", "create", "write", "sync", "close", "sync_folder", "link", "rename", "unlink"})
+OUTCOMES = ("everything lost", "names kept, data lost", "data kept, names lost", "names kept, zeros", "names kept, torn", "any of it", "any of it", "any of it")
+
+
+class PowerLoss(BaseException):
+    """The machine is gone. No `except Exception` may stop it; every later operation raises it again."""
+
+
+@dataclass(eq=False, slots=True)
+class Inode:
+    """A file or (with `names`) a folder: what the kernel shows, and what a power loss leaves."""
+
+    number: int
+    names: dict[str, Inode] | None = None
+    durable_names: dict[str, Inode] = field(default_factory=dict)
+    pending: list[Change] = field(default_factory=list)
+    data: bytearray = field(default_factory=bytearray)
+    durable: bytes = b""
+    poisoned: bool = False  # a sync failed: what was dirty then will never be durable
+    mtime: int = 0
+    links: int = 1
+
+
+@dataclass(eq=False, slots=True)
+class Change:
+    """One name of a folder that changed since the folder was synced: it now means `inode`, or nothing. A rename's halves know each other."""
+
+    name: str
+    inode: Inode | None
+    other_half: Change | None = None
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong at one operation, or from there on. `late`: the operation is done and then reported as failed, as over a network."""
+
+    kinds: frozenset[str]
+    code: int = errno.EIO
+    at: int = 0  # counts operations of these kinds
+    for_good: bool = False
+    late: bool = False
+    short: bool = False  # no error: a read or a write moves half of the bytes
+
+
+class SimulatedDisk(Disk):
+    """Counts its operations; the power goes before the changing operation number `crash_at`. Folders "/" and "/sim" are there from the start."""
+
+    def __init__(self) -> None:
+        self.changes = 0
+        self.crash_at: int | None = None
+        self.dead = False
+        self.faults: tuple[Fault, ...] = ()
+        self.seen: dict[int, int] = {}  # operations that each fault has counted
+        self.struck = 0  # faults that happened
+        self.kinds: list[str] = []
+        self.lock = threading.RLock()
+        self.numbers = itertools.count(2)
+        self.open_files: dict[int, tuple[Inode, bool]] = {}
+        self.descriptors = itertools.count(1000)
+        self.free_bytes = 1 << 40
+        self.root = Inode(1, names={})
+        self.mkdir(Path("/sim"))
+        self.sync_folder(Path("/"))
+        self.changes = 0
+        self.kinds.clear()
+
+    # -- what happens at an operation ------------------------------------------------------------------------------------------------
+
+    def _step(self, kind: str) -> Fault | None:
+        """Count it; PowerLoss when its time has come; the fault that meets it, if that is late or short, else its error."""
+        if self.dead:
+            raise PowerLoss
+        if kind in CHANGING:
+            if self.changes == self.crash_at:
+                self.dead = True
+                raise PowerLoss
+            self.changes += 1
+            self.kinds.append(kind)
+        for number, fault in enumerate(self.faults):
+            if kind not in fault.kinds:
+                continue
+            seen = self.seen[number] = self.seen.get(number, -1) + 1
+            if seen == fault.at or (fault.for_good and seen > fault.at):
+                self.struck += 1
+                if not (fault.late or fault.short):
+                    raise OSError(fault.code, os.strerror(fault.code), kind)
+                return fault
+        return None
+
+    @staticmethod
+    def _late(fault: Fault | None) -> None:
+        if fault is not None and fault.late:
+            raise OSError(fault.code, os.strerror(fault.code), "after it was done")
+
+    # -- names -----------------------------------------------------------------------------------------------------------------------
+
+    def _find(self, path: str) -> Inode:
+        """The inode behind an absolute path."""
+        inode = self.root
+        for part in path.split("/"):
+            if part:
+                if inode.names is None:
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+                found = inode.names.get(part)
+                if found is None:
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+                inode = found
+        return inode
+
+    def _folder_of(self, path: Path) -> tuple[Inode, dict[str, Inode], str]:
+        text = str(path)
+        head, _, name = text.rpartition("/")
+        folder = self._find(head)
+        if folder.names is None:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), text)
+        return folder, folder.names, name
+
+    def _free_name(self, path: Path) -> tuple[Inode, dict[str, Inode], str]:
+        folder, names, name = self._folder_of(path)
+        if name in names:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        return folder, names, name
+
+    def _new(self, names: dict[str, Inode] | None = None) -> Inode:
+        return Inode(next(self.numbers), names=names)
+
+    @staticmethod
+    def _put(folder: Inode, names: dict[str, Inode], name: str, inode: Inode) -> Change:
+        names[name] = inode
+        folder.mtime += 1
+        change = Change(name, inode)
+        folder.pending.append(change)
+        return change
+
+    # -- the door --------------------------------------------------------------------------------------------------------------------
+
+    def mkdir(self, path: Path) -> None:
+        with self.lock:
+            late = self._step("mkdir")
+            folder, names, name = self._free_name(path)
+            self._put(folder, names, name, self._new({}))
+            self._late(late)
+
+    def create(self, path: Path) -> int:
+        with self.lock:
+            late = self._step("create")
+            folder, names, name = self._free_name(path)
+            inode = self._new()
+            self._put(folder, names, name, inode)
+            self._late(late)
+            return self._descriptor(inode, writable=True)
+
+    def _descriptor(self, inode: Inode, *, writable: bool) -> int:
+        fd = next(self.descriptors)
+        self.open_files[fd] = (inode, writable)
+        return fd
+
+    def _inode(self, fd: int) -> Inode:
+        found = self.open_files.get(fd)
+        if found is None:
+            raise PowerLoss if self.dead else OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return found[0]
+
+    def write(self, fd: int, data: memoryview | bytes, offset: int) -> int:
+        with self.lock:
+            short = self._step("write")
+            inode = self._inode(fd)
+            if not self.open_files[fd][1]:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            content = bytes(data)
+            if short is not None and short.short:
+                content = content[: (len(content) + 1) // 2]
+            if offset > len(inode.data):
+                inode.data.extend(bytes(offset - len(inode.data)))
+            inode.data[offset : offset + len(content)] = content
+            inode.mtime += 1
+            return len(content)
+
+    def sync(self, fd: int) -> None:
+        with self.lock:
+            inode = self._inode(fd) if not self.dead else self.root
+            try:
+                self._step("sync")
+            except OSError:
+                inode.poisoned = True
+                raise
+            if not inode.poisoned:
+                inode.durable = bytes(inode.data)
+
+    def close(self, fd: int) -> None:
+        with self.lock:
+            inode, writable = self.open_files.pop(fd, (None, False))
+            try:
+                self._step("close" if writable else "close read")
+            except OSError:
+                if inode is not None and writable:  # Linux frees the descriptor all the same; the data is what the server kept
+                    inode.durable = bytes(inode.data[: len(inode.data) // 2])
+                    inode.data[:] = inode.durable
+                raise
+            if inode is None:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    def sync_folder(self, path: Path) -> None:
+        with self.lock:
+            self._step("sync_folder")
+            folder = self._find(str(path))
+            if folder.names is None:
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+            for change in folder.pending:
+                apply(folder.durable_names, change)
+            folder.pending.clear()
+
+    def link(self, source: Path, target: Path) -> None:
+        with self.lock:
+            late = self._step("link")
+            inode = self._find(str(source))
+            folder, names, name = self._free_name(target)
+            if inode.names is not None:
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(source))
+            inode.links += 1
+            self._put(folder, names, name, inode)
+            self._late(late)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._rename(source, target, replace=True)
+
+    def rename_noreplace(self, source: Path, target: Path) -> None:
+        self._rename(source, target, replace=False)
+
+    def _rename(self, source: Path, target: Path, *, replace: bool) -> None:
+        with self.lock:
+            late = self._step("rename")
+            old_folder, old_names, old_name = self._folder_of(source)
+            folder, names, name = self._folder_of(target)
+            inode = self._find(str(source))
+            if not replace:
+                self._free_name(target)
+            replaced = names.get(name)
+            if str(target).startswith(f"{source}/"):
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(target))
+            if replaced is inode:
+                return  # POSIX: two names of one file, nothing happens
+            if replaced is not None:
+                self._check_replaceable(inode, replaced, target)
+                replaced.links -= 1
+            added = self._put(folder, names, name, inode)
+            del old_names[old_name]
+            old_folder.mtime += 1
+            removed = Change(old_name, None, other_half=added)
+            old_folder.pending.append(removed)
+            self._late(late)
+
+    @staticmethod
+    def _check_replaceable(inode: Inode, replaced: Inode, target: Path) -> None:
+        if inode.names is not None and replaced.names is None:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
+        if inode.names is None and replaced.names is not None:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+        if replaced.names:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(target))
+
+    def unlink(self, path: Path) -> None:
+        with self.lock:
+            late = self._step("unlink")
+            folder, names, name = self._folder_of(path)
+            inode = self._find(str(path))
+            if inode.names is not None:
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            inode.links -= 1
+            del names[name]
+            folder.mtime += 1
+            folder.pending.append(Change(name, None))
+            self._late(late)
+
+    def open(self, path: Path) -> int:
+        with self.lock:
+            self._step("open")
+            inode = self._find(str(path))
+            if inode.names is not None:
+                raise OSError(errno.EINVAL, "not a regular file", str(path))
+            return self._descriptor(inode, writable=False)
+
+    def read_into(self, fd: int, out: memoryview, offset: int) -> int:
+        with self.lock:
+            short = self._step("read")
+            data = self._inode(fd).data
+            size = max(0, min(len(out), len(data) - offset))
+            if short is not None and short.short:
+                size = (size + 1) // 2
+            out[:size] = data[offset : offset + size]
+            return size
+
+    def status(self, path: Path) -> FileStatus:
+        with self.lock:
+            self._step("status")
+            return self._status_of_inode(self._find(str(path)))
+
+    def status_of(self, fd: int) -> FileStatus:
+        with self.lock:
+            self._step("status")
+            return self._status_of_inode(self._inode(fd))
+
+    @staticmethod
+    def _status_of_inode(inode: Inode) -> FileStatus:
+        folder = inode.names is not None
+        return FileStatus(len(inode.data), 1, inode.number, inode.mtime, inode.links, folder, not folder)
+
+    def names(self, path: Path) -> list[str]:
+        with self.lock:
+            self._step("names")
+            folder = self._find(str(path))
+            if folder.names is None:
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+            return sorted(folder.names)
+
+    def free(self, path: Path) -> int:
+        return self.free_bytes
+
+    def writable(self, path: Path) -> bool:
+        return True
+
+    # -- for the tests: nothing here counts as an operation --------------------------------------------------------------------------
+
+    def content(self, path: Path) -> bytes | None:
+        """What a reader sees under a name; None if there is no such file."""
+        try:
+            inode = self._find(str(path))
+        except OSError:
+            return None
+        return bytes(inode.data) if inode.names is None else None
+
+    def listing(self, path: Path) -> list[str]:
+        """The names in a folder; none if there is no such folder."""
+        try:
+            return sorted(self._find(str(path)).names or ())
+        except OSError:
+            return []
+
+    def damage(self, path: Path, change: Callable[[bytearray], None]) -> None:
+        """Change a file's bytes behind everyone's back, durably."""
+        inode = self._find(str(path))
+        change(inode.data)
+        inode.durable = bytes(inode.data)
+
+    def after_power_loss(self, rng: random.Random, outcome: str) -> SimulatedDisk:
+        """The disk as the next boot finds it. `outcome` is one of OUTCOMES; this disk stays as it is, so that others can be drawn from it."""
+        keep_data, keep_name = choices(rng, outcome)
+        return self._image(Survivor(self, keep_data, keep_name).root)
+
+    def after_kill(self) -> SimulatedDisk:
+        """The disk as the next process finds it: nothing is lost, and nothing more is durable than before."""
+        return self._image(Twin().of(self.root))
+
+    def _image(self, root: Inode) -> SimulatedDisk:
+        disk = SimulatedDisk.__new__(SimulatedDisk)
+        disk.__dict__.update(self.__dict__)
+        disk.changes, disk.crash_at, disk.dead, disk.faults, disk.seen, disk.struck = 0, None, False, (), {}, 0
+        disk.kinds, disk.lock, disk.open_files, disk.root = [], threading.RLock(), {}, root
+        return disk
+
+
+def apply(names: dict[str, Inode], change: Change) -> None:
+    """Carry out a change of a name; of a removal that is half of a rename, only if the other half has happened."""
+    if change.inode is not None:
+        names[change.name] = change.inode
+        change.done = True
+    elif change.other_half is None or change.other_half.done:
+        names.pop(change.name, None)
+
+
+KeepData = Callable[[Inode], bytes]
+KeepName = Callable[[Change], bool]
+
+
+def choices(rng: random.Random, outcome: str) -> tuple[KeepData, KeepName]:
+    """What is left of un-synced data and whether an un-synced name is kept, for one of OUTCOMES."""
+
+    def any_data(inode: Inode) -> bytes:
+        return rng.choice((all_data, no_data, zeros, torn, torn))(inode)
+
+    def torn(inode: Inode) -> bytes:
+        """Each sector as it was or as it is; the length up to the last sector that was taken, or the whole."""
+        new = inode.data
+        content = bytearray(inode.durable.ljust(len(new), b"\0"))
+        for at in range(0, len(new), SECTOR):
+            if rng.random() < 0.5:
+                content[at : at + SECTOR] = new[at : at + SECTOR]
+        cut = rng.randrange(0, len(new) + 1, SECTOR) if rng.random() < 0.5 else len(new)
+        return bytes(content[: max(cut, len(inode.durable))])
+
+    match outcome:
+        case "everything lost":
+            return no_data, lambda change: False
+        case "names kept, data lost":
+            return no_data, lambda change: True
+        case "data kept, names lost":
+            return all_data, lambda change: False
+        case "names kept, zeros":
+            return zeros, lambda change: True
+        case "names kept, torn":
+            return torn, lambda change: True
+        case "any of it":
+            kept = rng.choice((0.1, 0.5, 0.9))
+            return any_data, lambda change: rng.random() < kept
+    raise ValueError(outcome)
+
+
+def all_data(inode: Inode) -> bytes:
+    return inode.durable if inode.poisoned else bytes(inode.data)
+
+
+def no_data(inode: Inode) -> bytes:
+    return inode.durable
+
+
+def zeros(inode: Inode) -> bytes:
+    """The new length without the new bytes."""
+    return inode.durable.ljust(len(inode.data), b"\0")[: max(len(inode.data), len(inode.durable))]
+
+
+class Survivor:
+    """Copies what a power loss leaves of a disk. Each choice is made once, so that a file with two names has one content."""
+
+    def __init__(self, disk: SimulatedDisk, keep_data: KeepData, keep_name: KeepName) -> None:
+        self.keep_data, self.keep_name = keep_data, keep_name
+        self.copies: dict[Inode, Inode] = {}
+        self.kept: dict[Change, bool] = {}
+        self.root = self.of(disk.root)
+
+    def of(self, inode: Inode) -> Inode:
+        copy = self.copies.get(inode)
+        if copy is not None:
+            copy.links += 1
+            return copy
+        if inode.names is None:
+            content = self.keep_data(inode) if inode.poisoned or inode.durable != inode.data else inode.durable
+            copy = self.copies[inode] = Inode(inode.number, data=bytearray(content), durable=content, mtime=inode.mtime)
+            return copy
+        names = dict(inode.durable_names)
+        for change in inode.pending:
+            if self.keeps(change):
+                names.pop(change.name, None)
+                if change.inode is not None:
+                    names[change.name] = change.inode
+        copy = self.copies[inode] = Inode(inode.number, names={}, mtime=inode.mtime)
+        copy.names = {name: self.of(child) for name, child in names.items()}
+        copy.durable_names = dict(copy.names)
+        return copy
+
+    def keeps(self, change: Change) -> bool:
+        """A rename's second half goes with its first."""
+        half = change.other_half
+        decider = half if half is not None and not half.done else change
+        if decider not in self.kept:
+            self.kept[decider] = self.keep_name(decider)
+        return self.kept[decider]
+
+
+class Twin:
+    """Copies a disk with all that is not durable yet."""
+
+    def __init__(self) -> None:
+        self.copies: dict[Inode, Inode] = {}
+        self.changes: dict[Change, Change] = {}
+
+    def of(self, inode: Inode) -> Inode:
+        copy = self.copies.get(inode)
+        if copy is not None:
+            return copy
+        copy = Inode(inode.number, None, {}, [], bytearray(inode.data), inode.durable, inode.poisoned, inode.mtime, inode.links)
+        self.copies[inode] = copy
+        if inode.names is not None:
+            copy.names = {name: self.of(child) for name, child in inode.names.items()}
+            copy.durable_names = {name: self.of(child) for name, child in inode.durable_names.items()}
+            copy.pending = [self.change(change) for change in inode.pending]
+        return copy
+
+    def change(self, change: Change) -> Change:
+        copy = self.changes.get(change)
+        if copy is None:
+            half = self.change(change.other_half) if change.other_half else None
+            copy = self.changes[change] = Change(change.name, self.of(change.inode) if change.inode else None, half, change.done)
+        return copy
