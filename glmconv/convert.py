@@ -12,7 +12,7 @@ from pathlib import Path
 
 from glmconv.checkpoint import Checkpoint, open_checkpoint
 from glmconv.engine.plan import Plan, by_source
-from glmconv.engine.queue import JobQueue, ranks_here
+from glmconv.engine.queue import JobQueue, number
 from glmconv.engine.run import Outcome, Target, preflight
 from glmconv.engine.run import run as run_plans
 from glmconv.errors import CapacityError, UsageError
@@ -43,6 +43,22 @@ class Options:
     @property
     def layout(self) -> LayoutOptions:
         return LayoutOptions(self.file_size, self.chunk_size, self.iteration, self.mtp)
+
+
+def options_of(chosen: Mapping[str, object]) -> Options:
+    """Options from the command line's names and values."""
+    known = {name: value for name, value in chosen.items() if name in Options.__dataclass_fields__}
+    return Options(**{**known, "mtp": chosen.get("mtp") != "drop"})  # type: ignore[arg-type]
+
+
+def this_rank() -> int:
+    """This process's number among torchrun's or SLURM's ranks; 0 when it works alone."""
+    return number(os.environ, "RANK" if "RANK" in os.environ else "SLURM_PROCID", 0)
+
+
+def ranks_here() -> int:
+    """How many ranks share this machine."""
+    return max(1, number(os.environ, "LOCAL_WORLD_SIZE", 1))
 
 
 @dataclass(frozen=True)
