@@ -50,12 +50,13 @@ def test_the_document_has_its_place_for_figures():
 def test_soak_figures_replace_the_old_ones_and_name_a_failure():
     report = ET.fromstring(
         '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="0" timestamp="2026-01-02T03:04:05">'
-        '<testcase name="test_a_crash_anywhere_is_survived" time="61.2"><properties><property name="states" value="20000"/></properties></testcase>'
+        '<testcase name="test_a_crash_anywhere_is_survived" time="61.2">'
+        '<system-out>--- Captured Out ---\n20,000 states | 0 bad\n</system-out></testcase>'
         '<testcase name="test_that_fails" time="1.0"><failure/></testcase><testcase name="test_that_counts_nothing" time="1.0"/>'
         "</testsuite></testsuites>"
     )
     text = filled(f"before\n{BEGIN}\nold\n{END}\nafter\n", section(report))
-    assert "| a crash anywhere is survived | 20,000 states | 61 s | passed |\n| that fails |  | 1 s | FAILED |\n\n" in text
+    assert "| a crash anywhere is survived | 20,000 states / 0 bad | 61 s | passed |\n| that fails |  | 1 s | FAILED |\n\n" in text
     assert text.startswith("before\n")
     assert text.endswith(f"{END}\nafter\n")
     assert "old" not in text
@@ -64,3 +65,12 @@ def test_soak_figures_replace_the_old_ones_and_name_a_failure():
 def test_a_document_without_markers_is_refused():
     with pytest.raises(ValueError, match="needs one"):
         filled("no markers", "figures")
+
+
+@pytest.mark.parametrize("document", [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name)
+def test_every_path_that_a_document_names_is_there(document):
+    text = document.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:tests|docs|bench|tools|changelog|glmconv)/[\w./-]*)`", text)
+    linked = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    assert [path for path in named if not (ROOT / path).exists()] == []
+    assert [path for path in linked if not (document.parent / path).exists()] == []
