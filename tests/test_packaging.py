@@ -51,7 +51,7 @@ def test_soak_figures_replace_the_old_ones_and_name_a_failure():
     report = ET.fromstring(
         '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="0" timestamp="2026-01-02T03:04:05">'
         '<testcase name="test_a_crash_anywhere_is_survived" time="61.2">'
-        '<system-out>--- Captured Out ---\n20,000 states | 0 bad\n</system-out></testcase>'
+        "<system-out>--- Captured Out ---\n20,000 states | 0 bad\n</system-out></testcase>"
         '<testcase name="test_that_fails" time="1.0"><failure/></testcase><testcase name="test_that_counts_nothing" time="1.0"/>'
         "</testsuite></testsuites>"
     )
