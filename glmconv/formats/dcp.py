@@ -1,0 +1,242 @@
+"""torch.distributed.checkpoint's `.metadata`: which chunk of which tensor lies where. Read as plain data, written without torch.
+
+Source: torch.distributed.checkpoint.metadata and .filesystem (Metadata, TensorStorageMetadata, MetadataIndex, _StorageInfo).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from glmconv.dtypes import BY_NAME, DType
+from glmconv.errors import SourceError
+from glmconv.formats.pickle_reader import Global, Object, read_pickle
+from glmconv.formats.pickle_writer import write_pickle
+
+MODULE = "torch.distributed.checkpoint.metadata"
+STORAGE_INFO = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+ROOTS = (f"{MODULE}.Metadata", "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader.MCoreMetadata")
+CHUNKS = 1 << 20
+RANK = 8
+FILE = re.compile(r"[A-Za-z0-9_.-]{1,200}\.distcp\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A box of a global tensor, and the blob that holds it: `offset` and `length` in bytes."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    relative_path: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A global tensor and the chunks that tile it."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    chunks: Sequence[Chunk]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """A pickled object, by the blob that holds it."""
+
+    relative_path: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class DcpMetadata:
+    """All of a checkpoint's tensors and objects, by key."""
+
+    tensors: Mapping[str, StoredTensor]
+    objects: Mapping[str, StoredObject]
+
+
+Spot = tuple[str, tuple[int, ...] | None]
+
+
+def read_metadata(data: bytes, file: object) -> DcpMetadata:
+    """Read a `.metadata`. SourceError unless every chunk has its storage record and the reverse, and every tensor is tiled exactly once."""
+    root = read_pickle(data, file=file)
+    if not isinstance(root, Object) or not isinstance(root.cls, Global) or not root.cls.name.endswith("Metadata"):
+        raise SourceError("is not a checkpoint's metadata.", file=file)
+    described, stored = root.field("state_dict_metadata"), root.field("storage_data")
+    if not isinstance(described, dict) or not isinstance(stored, dict):
+        raise SourceError("has no state_dict_metadata or no storage_data.", file=file)
+    spots = _spots(stored, file)
+    tensors: dict[str, StoredTensor] = {}
+    objects: dict[str, StoredObject] = {}
+    total = 0
+    for key, entry in described.items():
+        if not isinstance(key, str) or not 1 <= len(key) <= 1024:
+            raise SourceError("has a key that is no string.", file=file)
+        if isinstance(entry, Object) and entry.named(f"{MODULE}.BytesStorageMetadata"):
+            objects[key] = StoredObject(*_take(spots, (key, None), file))
+        else:
+            tensors[key] = _tensor(key, entry, spots, file)
+            total += len(tensors[key].chunks)
+        if total > CHUNKS:
+            raise SourceError(f"has more than {CHUNKS:,} chunks.", file=file)
+    if spots:
+        raise SourceError("is stored, but no tensor has such a chunk.", file=file, tensor=next(iter(spots))[0])
+    _check_bytes(tensors, objects, file)
+    return DcpMetadata(tensors, objects)
+
+
+def _spots(stored: Mapping[object, object], file: object) -> dict[Spot, tuple[str, int, int]]:
+    """(key, chunk offsets or None) -> (file, offset, length)."""
+    spots: dict[Spot, tuple[str, int, int]] = {}
+    for index, where in stored.items():
+        if not isinstance(index, Object) or not index.named(f"{MODULE}.MetadataIndex") or not isinstance(where, Object) or where.cls != STORAGE_INFO:
+            raise SourceError("has storage records of an unknown kind.", file=file)
+        key, offset = index.field("fqn"), index.field("offset")
+        path, at, length = where.field("relative_path"), where.field("offset"), where.field("length")
+        if not isinstance(key, str) or not isinstance(path, str) or not FILE.match(path) or path.startswith("."):
+            raise SourceError(f"names the file {str(path)[:200]!r}; a chunk lies in a .distcp file of the same folder.", file=file)
+        if where.field("transform_descriptors"):
+            raise SourceError("is stored compressed or transformed.", file=file, tensor=key)
+        if not _whole(at) or not _whole(length) or not length:
+            raise SourceError("has an offset or a length that is none.", file=file, tensor=key)
+        spot = (key, None if offset is None else _size(offset, file, key))
+        if spot in spots:
+            raise SourceError("has the same chunk twice.", file=file, tensor=key)
+        spots[spot] = (path, at, length)  # type: ignore[assignment]
+    return spots
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+
+
+def _size(value: object, file: object, key: str) -> tuple[int, ...]:
+    if isinstance(value, Object) and value.named("torch.Size") and len(value.args) == 1:
+        value = value.args[0]
+    if isinstance(value, list):
+        value = tuple(value)
+    if not isinstance(value, tuple) or len(value) > RANK or not all(_whole(n) and n < 2**48 for n in value):
+        raise SourceError("has a shape or an offset that is none.", file=file, tensor=key)
+    return value
+
+
+def _take(spots: dict[Spot, tuple[str, int, int]], spot: Spot, file: object) -> tuple[str, int, int]:
+    found = spots.pop(spot, None)
+    if found is None:
+        raise SourceError("has a chunk that is stored nowhere.", file=file, tensor=spot[0])
+    return found
+
+
+def _tensor(key: str, entry: object, spots: dict[Spot, tuple[str, int, int]], file: object) -> StoredTensor:
+    if not isinstance(entry, Object) or not entry.named(f"{MODULE}.TensorStorageMetadata"):
+        raise SourceError("is neither a tensor nor an object.", file=file, tensor=key)
+    properties, described = entry.field("properties"), entry.field("chunks")
+    state = properties.state if isinstance(properties, Object) else None
+    named = state[0] if isinstance(state, tuple) and state else (state.get("dtype") if isinstance(state, dict) else None)
+    dtype = BY_NAME.get(named.name) if isinstance(named, Global) and named.module == "torch" else None
+    if dtype is None:
+        raise SourceError(f"has the dtype {named}, which is not known.", file=file, tensor=key)
+    shape = _size(entry.field("size"), file, key)
+    if not isinstance(described, list):
+        raise SourceError("has no list of chunks.", file=file, tensor=key)
+    chunks = []
+    for item in described:
+        if not isinstance(item, Object):
+            raise SourceError("has a chunk that is none.", file=file, tensor=key)
+        offsets, sizes = _size(item.field("offsets"), file, key), _size(item.field("sizes"), file, key)
+        if len(offsets) != len(shape) or len(sizes) != len(shape) or any(o + n > whole for o, n, whole in zip(offsets, sizes, shape, strict=True)):
+            raise SourceError("has a chunk outside its shape.", file=file, tensor=key)
+        chunks.append(Chunk(offsets, sizes, *_take(spots, (key, offsets), file)))
+    _check_tiling(key, shape, chunks, file)
+    return StoredTensor(dtype, shape, chunks)
+
+
+def _check_tiling(key: str, shape: tuple[int, ...], chunks: Sequence[Chunk], file: object) -> None:
+    """Volumes that add up and boxes that do not overlap tile the tensor exactly."""
+    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
+        raise SourceError("is not covered exactly once by its chunks.", file=file, tensor=key)
+    if len(chunks) > 1 and _overlap([(chunk.offsets, chunk.sizes) for chunk in chunks if math.prod(chunk.sizes)], 0):
+        raise SourceError("has chunks that overlap.", file=file, tensor=key)
+
+
+def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], axis: int) -> bool:
+    """Whether two boxes share an element: cut the axis at every border, look at the next axis within each slab that holds several."""
+    if len(boxes) < 2:
+        return False
+    if axis == len(boxes[0][0]):
+        return True
+    groups: dict[tuple[int, int], list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+    for box in boxes:
+        groups.setdefault((box[0][axis], box[1][axis]), []).append(box)
+    spans = sorted(groups)
+    if all(a[0] + a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False)):
+        return any(_overlap(group, axis + 1) for group in groups.values())
+    active: list[tuple[int, tuple[tuple[int, ...], tuple[int, ...]]]] = []
+    for begin, length in spans:
+        active = [item for item in active if item[0] > begin]
+        for box in groups[begin, length]:
+            if any(_boxes_meet(box, other, axis + 1) for _, other in active):
+                return True
+            active.append((begin + length, box))
+    return False
+
+
+def _boxes_meet(a: tuple[tuple[int, ...], tuple[int, ...]], b: tuple[tuple[int, ...], tuple[int, ...]], axis: int) -> bool:
+    return all(a[0][n] < b[0][n] + b[1][n] and b[0][n] < a[0][n] + a[1][n] for n in range(axis, len(a[0])))
+
+
+def _check_bytes(tensors: Mapping[str, StoredTensor], objects: Mapping[str, StoredObject], file: object) -> None:
+    """No two blobs share bytes, and each is as long as its elements at least."""
+    ranges: dict[str, list[tuple[int, int, str]]] = {}
+    for key, tensor in tensors.items():
+        for chunk in tensor.chunks:
+            if chunk.length < math.prod(chunk.sizes) * tensor.dtype.itemsize:
+                raise SourceError("has a chunk shorter than its elements.", file=file, tensor=key)
+            ranges.setdefault(chunk.relative_path, []).append((chunk.offset, chunk.length, key))
+    for key, stored in objects.items():
+        ranges.setdefault(stored.relative_path, []).append((stored.offset, stored.length, key))
+    for places in ranges.values():
+        places.sort()
+        for (begin, length, _), (after, _, key) in zip(places, places[1:], strict=False):
+            if begin + length > after:
+                raise SourceError("shares bytes with another chunk.", file=file, tensor=key)
+
+
+def write_metadata(tensors: Mapping[str, StoredTensor], objects: Mapping[str, StoredObject]) -> bytes:
+    """The `.metadata` of a checkpoint, as torch's FileSystemReader reads it. Deterministic: no save id."""
+    names = {name: Global(MODULE, name) for name in ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata", "MetadataIndex")}
+    size = Global("torch", "Size")
+    described: dict[str, object] = {}
+    stored: dict[object, object] = {}
+
+    def info(path: str, offset: int, length: int) -> Object:
+        return Object(STORAGE_INFO, (), {"relative_path": path, "offset": offset, "length": length})
+
+    for key, tensor in tensors.items():
+        chunks = [
+            Object(names["ChunkStorageMetadata"], (), {"offsets": Object(size, (c.offsets,)), "sizes": Object(size, (c.sizes,))}) for c in tensor.chunks
+        ]
+        described[key] = Object(
+            names["TensorStorageMetadata"], (), {"properties": _properties(tensor.dtype), "size": Object(size, (tensor.shape,)), "chunks": chunks}
+        )
+        for c in tensor.chunks:
+            index = Object(names["MetadataIndex"], (), {"fqn": key, "offset": Object(size, (c.offsets,)), "index": None})
+            stored[index] = info(c.relative_path, c.offset, c.length)
+    for key, item in objects.items():
+        described[key] = Object(names["BytesStorageMetadata"], ())
+        stored[Object(names["MetadataIndex"], (), {"fqn": key, "offset": None, "index": None})] = info(item.relative_path, item.offset, item.length)
+    state = {"state_dict_metadata": described, "planner_data": None, "storage_data": stored, "storage_meta": None, "version": "1.0.0"}
+    return write_pickle(Object(names["Metadata"], (), state))
+
+
+def _properties(dtype: DType) -> Object:
+    """TensorProperties of a plain CPU tensor: dtype, strided, no gradient, contiguous, not pinned."""
+    layout = Object(Global("torch.serialization", "_get_layout"), ("torch.strided",))
+    memory_format = Object(Global(MODULE, "_MEM_FORMAT_ENCODING"), (0,))
+    return Object(Global(MODULE, "TensorProperties"), (), (dtype, layout, False, memory_format, False))
