@@ -1,73 +1,92 @@
-"""JSON from strangers: one meaning only, and its cost bounded before it is parsed."""
+"""JSON from strangers: one meaning only, and what it costs known before it is parsed.
+
+Source: RFC 8259, read strictly: where it leaves a choice (duplicate keys, numbers, lone surrogates) the answer here is no.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-import numpy as np
-
-from glmconv.errors import SourceError
+from glmconv.errors import SourceError, printable
 
 LIMIT = 64 << 20
+WIDE_LIMIT = 16 << 20  # one character outside ASCII makes Python hold up to four bytes for each of a text's characters
 DEPTH = 32
 DIGITS = 20
-VALUES = 4_000_000  # commas, colons and openings at most: what bounds the parsed objects' memory
-OPENINGS = 800_000  # objects and arrays; a safetensors header of 262,144 tensors has 786,433
-ESCAPES = 200_000
-NUMBER = re.compile(r"-?\d{1,%d}\Z" % DIGITS)
+VALUES = 1_000_000
+CONTAINERS = 400_000
+STRING_LARGEST = 1 << 20
+BLOCK = 1 << 20
+HIGH = rb"\\u[dD][89abAB][0-9a-fA-F]{2}"
+LOW = rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+PAIR = re.compile(HIGH + LOW)
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+LONG_STRING = re.compile(rb'"[^"]{%d}' % (STRING_LARGEST + 1))
+NO_STRUCTURE = bytes(set(range(256)) - set(b'"{}[],'))
+BRACES = bytes.maketrans(b"[]", b"{}")
 
 
-def parse(data: bytes, *, file: object, limit: int = LIMIT, depth: int = DEPTH, values: int = VALUES) -> object:
-    """The value that `data` spells. SourceError for anything but strict UTF-8 JSON within the limits: duplicate keys, NaN, long integers, deep nesting."""
+def parse(
+    data: bytes,
+    *,
+    file: object,
+    limit: int = LIMIT,
+    depth: int = DEPTH,
+    values: int = VALUES,
+    containers: int = CONTAINERS,
+    build: Callable[[dict[str, object]], object] | None = None,
+) -> object:
+    """The value that `data` spells in strict UTF-8 JSON.
+
+    limit:      bytes; `depth`: objects and arrays inside each other; `values`: elements and members in all; `containers`: objects and arrays
+    build:      called with each object, innermost first; what it returns takes the object's place
+
+    Raises SourceError, with the offset where it is known, for anything else: duplicate keys, NaN, numbers of more than 20 digits or
+    beyond float64, half a surrogate pair, strings of more than 1 MiB. Nothing is built before size, depth and counts are known to be in bounds.
+    """
     if len(data) > limit:
         raise SourceError(f"is {len(data):,} bytes of JSON; at most {limit:,} are read.", file=file)
-    _bounded(data, file, depth, values)
+    _check_bounds(data, file, depth, values, containers)
+    hook = _unique if build is None else lambda pairs: build(_unique(pairs))
     try:
         text = data.decode("utf-8")
-        return json.loads(text, object_pairs_hook=_pairs, parse_int=_integer, parse_float=_float, parse_constant=_constant)
+        return json.loads(text, object_pairs_hook=hook, parse_int=_integer, parse_float=_float, parse_constant=_constant)
     except UnicodeDecodeError as problem:
         raise SourceError("is not UTF-8.", file=file, offset=problem.start) from None
     except json.JSONDecodeError as problem:
-        raise SourceError(f"is not JSON: {problem.msg}.", file=file, offset=problem.pos) from None
+        raise SourceError(f"is not JSON: {problem.msg}.", file=file, offset=len(text[: problem.pos].encode("utf-8"))) from None
     except _Refused as problem:
         raise SourceError(f"is not strict JSON: {problem}.", file=file) from None
 
 
 class _Refused(ValueError):
-    pass
+    """What Python's parser would accept and we do not."""
 
 
-def _pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _Refused(f"the key {key[:100]!r} is there twice")
+                raise _Refused(f"the key {printable(key, 100)} is there twice")
             seen.add(key)
-    if any(not key.isascii() and _surrogate(key) for key in found):
-        raise _Refused("half a surrogate pair")
-    for value in found.values():
-        if isinstance(value, str) and not value.isascii() and _surrogate(value):
-            raise _Refused("half a surrogate pair")
     return found
 
 
-def _surrogate(text: str) -> bool:
-    return any("\ud800" <= c <= "\udfff" for c in text)
-
-
 def _integer(text: str) -> int:
-    if not NUMBER.match(text):
+    if len(text.lstrip("-")) > DIGITS:
         raise _Refused(f"an integer of more than {DIGITS} digits")
+    if text == "-0":
+        raise _Refused("-0, which others read as a float")
     return int(text)
 
 
 def _float(text: str) -> float:
-    value = float(text[:400])
-    if len(text) > 400 or value in (float("inf"), float("-inf")):
+    value = float(text) if len(text) <= 64 else float("inf")
+    if value in (float("inf"), float("-inf")):
         raise _Refused("a number too large or too long")
     return value
 
@@ -76,57 +95,68 @@ def _constant(text: str) -> float:
     raise _Refused(f"{text} is no JSON number")
 
 
-def _bounded(data: bytes, file: object, depth: int, values: int) -> None:
-    """Depth and number of values, counted on the bytes outside strings, in blocks: no recursion, no objects."""
-    if data.count(b"\\") > ESCAPES:
-        raise SourceError(f"holds more than {ESCAPES:,} backslashes.", file=file)
-    level = deepest = count = opened = 0
-    inside = escaped = False
-    block = 1 << 20
-    for begin in range(0, len(data), block):
-        part = np.frombuffer(data, np.uint8, min(block, len(data) - begin), begin)
-        outside, inside, escaped = _outside_strings(part, inside, escaped)
-        opening = ((part == 0x7B) | (part == 0x5B)) & outside
-        closing = ((part == 0x7D) | (part == 0x5D)) & outside
-        opened += int(opening.sum())
-        count += int(opening.sum()) + int((((part == 0x2C) | (part == 0x3A)) & outside).sum())
-        steps = np.cumsum(opening.astype(np.int32) - closing.astype(np.int32))
-        if len(steps):
-            deepest = max(deepest, level + int(steps.max()))
-            level += int(steps[-1])
-        if deepest > depth:
-            raise SourceError(f"is nested more than {depth} deep.", file=file)
-        if count > values or opened > OPENINGS:
-            raise SourceError(f"holds more than {values:,} values or {OPENINGS:,} objects and arrays.", file=file)
+def _check_bounds(data: bytes, file: object, depth: int, values: int, containers: int) -> None:
+    """Refuse what would be dear to parse, in linear time and without building it. What is no JSON at all is left for the parser to say."""
+    escaped = b"\\" in data
+    if len(data) > WIDE_LIMIT and (not data.isascii() or (escaped and b"\\u" in data)):
+        raise SourceError(f"is {len(data):,} bytes of JSON beyond ASCII; at most {WIDE_LIMIT:,} of that are read.", file=file)
+    if data.count(b'"') > 6 * values:  # two for each key and each string, and as many escaped ones
+        raise SourceError(f"holds more than {values:,} values.", file=file)
+    # Escaped backslashes and quotes go, at equal length: then every quote begins or ends a string.
+    plain = data.replace(b"\\\\", b"__").replace(b'\\"', b"__") if escaped else data
+    if long := LONG_STRING.search(plain):
+        raise SourceError(f"holds a string of more than {STRING_LARGEST:,} bytes.", file=file, offset=long.start())
+    if escaped and HALF.search(plain) and (half := HALF.search(PAIR.sub(lambda pair: b"_" * len(pair[0]), plain))):
+        raise SourceError("holds half a surrogate pair.", file=file, offset=half.start())
+    outside = _outside_strings(plain, 2 * containers + values)
+    opened = outside.count(b"{") + outside.count(b"[")
+    if opened > containers:
+        raise SourceError(f"holds more than {containers:,} objects and arrays.", file=file)
+    if opened + outside.count(b",") > values or len(outside) > 2 * containers + values:
+        raise SourceError(f"holds more than {values:,} values.", file=file)
+    _check_depth(outside.translate(BRACES, b","), file, depth)
 
 
-def _outside_strings(part: np.ndarray, inside: bool, escaped: bool) -> tuple[np.ndarray, bool, bool]:  # type: ignore[type-arg]
-    """Which bytes of a block lie outside strings, and the state behind it."""
-    backslash = part == 0x5C
-    escapes = np.zeros(len(part), bool)  # the byte is escaped by an odd run of backslashes before it
-    if escaped or backslash.any():
-        state = escaped
-        for at in np.nonzero(backslash)[0] if not escaped else np.union1d(np.nonzero(backslash)[0], [-1]):
-            if at == -1:
-                escapes[0] = True
-                continue
-            if not escapes[at]:
-                if at + 1 < len(part):
-                    escapes[at + 1] = True
-                else:
-                    state = True
-                    break
-        else:
-            state = False
-        escaped = state and bool(len(part)) and bool(backslash[-1]) and not escapes[-1]
-    quotes = (part == 0x22) & ~escapes
-    odd = (np.cumsum(quotes) + int(inside)) % 2 == 1
-    return ~odd & ~quotes, bool(odd[-1]) if len(part) else inside, escaped
+def _outside_strings(plain: bytes, enough: int) -> bytes:
+    """Braces, brackets and commas outside strings, up to somewhat more than `enough`: no document within bounds has more."""
+    import numpy as np  # not needed to print a help text
+
+    outside = bytearray()
+    inside = np.uint8(0)
+    for begin in range(0, len(plain), BLOCK):
+        part = np.frombuffer(plain[begin : begin + BLOCK].translate(None, NO_STRUCTURE), np.uint8)
+        if len(part):
+            quotes = part == ord('"')
+            strings = np.bitwise_xor.accumulate(quotes.view(np.uint8)) ^ inside
+            inside = strings[-1]
+            outside += part[(strings == 0) & ~quotes].tobytes()
+        if len(outside) > enough:
+            break
+    return bytes(outside)
+
+
+def _check_depth(braces: bytes, file: object, depth: int) -> None:
+    """Each pass takes away the innermost pair of every branch, that is one level."""
+    for _ in range(depth):
+        if not braces:
+            return
+        braces = braces.replace(b"{}", b"")
+    # What is left is too deep or does not match. A few unmatched ones are left to the parser, which knows where they are.
+    if braces and (len(braces) > depth or braces.count(b"{") == braces.count(b"}")):
+        raise SourceError(f"is nested more than {depth} deep, or its brackets do not match.", file=file)
 
 
 def mapping(value: object, what: str, file: object) -> dict[str, object]:
+    """An object's members."""
     if not isinstance(value, dict):
         raise SourceError(f"{what} is not an object.", file=file)
+    return value
+
+
+def array(value: object, what: str, file: object) -> list[object]:
+    """An array's elements."""
+    if not isinstance(value, list):
+        raise SourceError(f"{what} is not an array.", file=file)
     return value
 
 
@@ -146,5 +176,5 @@ def integer(value: object, what: str, file: object, low: int = 0, high: int = 2*
 
 
 def strings(value: object, what: str, file: object) -> Mapping[str, str]:
-    found = mapping(value, what, file)
-    return {name: string(item, f"{what}.{name}", file) for name, item in found.items()}
+    """An object whose members are all strings."""
+    return {name: string(item, f"{what}.{name}", file) for name, item in mapping(value, what, file).items()}
