@@ -60,7 +60,7 @@ class LazyTensor:
         count = max(0, stop - start)
         out = torch.empty(max(1, count * self.row_size), dtype=torch.uint8)
         if count:
-            self.read_into(start, memoryview(out.numpy())[: count * self.row_size])
+            self.read_into(start, out.numpy().data[: count * self.row_size])
         return out[: count * self.row_size].view(getattr(torch, self.dtype.name)).view(count, *self.shape[1:])
 
 

@@ -83,7 +83,8 @@ def resources(options: Options) -> Resources:
             chunk //= 2
         if base + 2 * chunk > limit:
             raise CapacityError(
-                f"--max-memory {limit / GIB:.2f} GiB is less than one worker needs here: {(base + 2 * chunk) / GIB:.2f} GiB.", hint="Allow more memory."
+                f"--max-memory {limit / GIB:.2f} GiB is less than one worker needs here: {(base + 2 * chunk) / GIB:.2f} GiB.",
+                hint="Allow more memory.",
             )
     return Resources(workers, chunk, base + workers * 2 * chunk)
 

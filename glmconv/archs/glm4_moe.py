@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from glmconv.archs.spec import ArchSpec, Place, Preset, Role, Row, Rule, Scope, Sizes, record, sizes
+from glmconv.archs.spec import ArchSpec, Place, Preset, Role, Row, Rule, Scope, Size, Sizes, record, sizes
 
 hidden, heads, groups, head_dim, vocab = sizes("hidden heads groups head_dim vocab")
 ffn, experts, moe_ffn, shared, shared_ffn = sizes("ffn experts moe_ffn shared shared_ffn")
 LINEAR, EXPERT, NORM, BIAS, ROUTER = Role.LINEAR, Role.EXPERT, Role.NORM, Role.BIAS, Role.ROUTER
 
-group = dict(q=heads // groups * head_dim, k=head_dim, v=head_dim)
-qkv = record("self_attention.linear_qkv.weight", **group)
-qkv_bias = record("self_attention.linear_qkv.bias", **group)
+group: dict[str, Size] = dict(q=heads // groups * head_dim, k=head_dim, v=head_dim)
+qkv = record("self_attention.linear_qkv.weight", "", **group)
+qkv_bias = record("self_attention.linear_qkv.bias", "", **group)
 fc1 = record("mlp.linear_fc1.weight", gate=ffn, up=ffn)
 shared_fc1 = record("mlp.shared_experts.linear_fc1.weight", gate=shared_ffn, up=shared_ffn)
 experts_fc1 = record("mlp.experts.experts.linear_fc1.weight", per="expert", gate=moe_ffn, up=moe_ffn)
@@ -121,11 +121,22 @@ SPEC = ArchSpec(
     model_type="glm4_moe",
     title="GLM-4.5, 4.5-Air, 4.6, 4.7",
     config=dict(
-        hidden="hidden_size", layers="num_hidden_layers", heads="num_attention_heads", groups="num_key_value_heads", head_dim="head_dim=128",
-        vocab="vocab_size", ffn="intermediate_size", experts="n_routed_experts", top_k="num_experts_per_tok", moe_ffn="moe_intermediate_size",
-        shared="n_shared_experts", first_dense="first_k_dense_replace", mtp="num_nextn_predict_layers=0", attention_bias="attention_bias=0",
+        hidden="hidden_size",
+        layers="num_hidden_layers",
+        heads="num_attention_heads",
+        groups="num_key_value_heads",
+        head_dim="head_dim=128",
+        vocab="vocab_size",
+        ffn="intermediate_size",
+        experts="n_routed_experts",
+        top_k="num_experts_per_tok",
+        moe_ffn="moe_intermediate_size",
+        shared="n_shared_experts",
+        first_dense="first_k_dense_replace",
+        mtp="num_nextn_predict_layers=0",
+        attention_bias="attention_bias=0",
         use_qk_norm="use_qk_norm=0",
-    ),  # fmt: skip
+    ),
     derived=dict(shared_ffn=moe_ffn * shared),
     rules=(
         Rule("num_attention_heads is a multiple of num_key_value_heads", lambda s: s["heads"] % s["groups"] == 0),

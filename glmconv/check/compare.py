@@ -17,7 +17,7 @@ CHUNK = 4 << 20
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor that is not the same: in words, and how far it is off. `worst` is the largest absolute difference, inf if a NaN is on one side only."""
+    """One tensor that is not the same: in words, and how far it is off. `worst` is the largest absolute difference, inf with a one-sided NaN."""
 
     tensor: str
     what: str
@@ -46,7 +46,13 @@ class Comparison:
 
 
 def compare(
-    a: Checkpoint, b: Checkpoint, *, workers: int = 2, progress: Callable[[int], None] | None = None, stop: threading.Event | None = None, every: int = 1
+    a: Checkpoint,
+    b: Checkpoint,
+    *,
+    workers: int = 2,
+    progress: Callable[[int], None] | None = None,
+    stop: threading.Event | None = None,
+    every: int = 1,
 ) -> Comparison:
     """Compare two opened checkpoints. `every` > 1 reads only each n-th tensor's bits (names, shapes and dtypes are always compared)."""
     result = Comparison()
@@ -111,7 +117,9 @@ def _compare_bits(left: LazyTensor, right: LazyTensor, buffers: tuple[bytearray,
         if not np.array_equal(x, y):
             count, off = _distance(x, y, left.dtype.name, left.dtype.itemsize)
             differing, worst = differing + count, max(worst, off)
-    return Difference(left.name, f"differs in {differing:,} of {left.nbytes // left.dtype.itemsize:,} elements", differing, worst) if differing else None
+    return (
+        Difference(left.name, f"differs in {differing:,} of {left.nbytes // left.dtype.itemsize:,} elements", differing, worst) if differing else None
+    )
 
 
 def _view(buffer: bytearray, size: int) -> memoryview:
@@ -120,7 +128,7 @@ def _view(buffer: bytearray, size: int) -> memoryview:
     return memoryview(buffer)[:size]
 
 
-def _distance(x: np.ndarray, y: np.ndarray, dtype: str, itemsize: int) -> tuple[int, float]:  # type: ignore[type-arg]
+def _distance(x: np.ndarray, y: np.ndarray, dtype: str, itemsize: int) -> tuple[int, float]:
     """Elements whose bits differ, and the largest absolute difference among them."""
     a, b = x.view(f"<u{itemsize}"), y.view(f"<u{itemsize}")
     at = np.nonzero(a != b)[0]

@@ -58,7 +58,9 @@ def verify_output(
         manifest = load_manifest(disk, root)
     except FileNotFoundError:
         unfinished(root)
-        raise SourceError("has no manifest: glmconv did not write it.", file=root, hint="Compare two checkpoints instead: glmconv verify A B.") from None
+        raise SourceError(
+            "has no manifest: glmconv did not write it.", file=root, hint="Compare two checkpoints instead: glmconv verify A B."
+        ) from None
     except SourceError as problem:
         return ManifestCheck(root, damages=[Damage(MANIFEST, problem.line)])
     result = ManifestCheck(root, len(manifest.files), len(manifest.tensors), sum(file.size for file in manifest.files.values()))

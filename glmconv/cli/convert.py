@@ -28,7 +28,7 @@ Examples:
 @click.option("-n", "--dry-run", is_flag=True, help="Plan only: say what would be written, write nothing.")
 @output_options
 @click.pass_context
-def command(ctx: click.Context, src: str, dst: Path | None, to: tuple[str, ...], check: str, dry_run: bool, **chosen: object) -> int:
+def command(ctx: click.Context, /, src: str, dst: Path | None, to: tuple[str, ...], check: str, dry_run: bool, **chosen: object) -> int:
     """Convert the checkpoint SRC (a folder or a Hub id) into DST.
 
     The same command again, after any interruption, goes on where it stopped and gives the same bytes.
@@ -56,9 +56,9 @@ def command(ctx: click.Context, src: str, dst: Path | None, to: tuple[str, ...],
 
 def _verify(out: Output, src: str, paths: list[Path], check: str, workers: int, chosen: dict[str, object]) -> dict[str, object]:
     """Read the outputs back. VerificationError if a bit differs."""
+    from glmconv.check.read_back import read_back
     from glmconv.cli.sessions import stoppable
     from glmconv.convert import this_rank
-    from glmconv.check.read_back import read_back
 
     if check == "none" or this_rank() != 0:
         return {"verify": "none"}

@@ -60,7 +60,9 @@ def output_options(command: F) -> F:
     command = click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.", **keep)(command)
     command = click.option("-v", "--verbose", is_flag=True, help="More on stderr.", **keep)(command)
     kinds = click.Choice(["auto", "bar", "plain", "none"])
-    return click.option("--progress", type=kinds, default="auto", show_default=True, help="Progress on stderr; auto: a bar on a terminal.", **keep)(command)
+    return click.option("--progress", type=kinds, default="auto", show_default=True, help="Progress on stderr; auto: a bar on a terminal.", **keep)(
+        command
+    )
 
 
 def output_of(ctx: click.Context) -> Output:
@@ -74,9 +76,13 @@ def run_options(command: F) -> F:
     for option in (
         click.option("-j", "--workers", type=many, help="Threads that write files. Default: the cores of this rank, at most 8."),
         click.option("--max-memory", type=Bytes(), help="Resident memory not to exceed; fewer workers and smaller buffers if need be."),
-        click.option("--shard-size", "file_size", type=Bytes(), help="Bytes per file. Default: the release's own files, else 5GB (torch_dist: 1GiB)."),
+        click.option(
+            "--shard-size", "file_size", type=Bytes(), help="Bytes per file. Default: the release's own files, else 5GB (torch_dist: 1GiB)."
+        ),
         click.option("--resume/--no-resume", default=True, show_default=True, help="Keep the files that an earlier run of this command finished."),
-        click.option("--resume-check", type=click.Choice(["full", "sampled"]), default="full", show_default=True, help="How finished files are checked."),
+        click.option(
+            "--resume-check", type=click.Choice(["full", "sampled"]), default="full", show_default=True, help="How finished files are checked."
+        ),
         click.option("--overwrite", is_flag=True, help="Move what is at the destination aside (DST.bak-N) and start anew. Deletes nothing."),
         click.option("--mtp", type=click.Choice(["keep", "drop"]), default="keep", show_default=True, help="The multi-token prediction layer."),
         click.option("--origin", metavar="DIR|ID", help="The Hugging Face release of a torch_dist checkpoint: config, tokenizer, file layout."),

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import TextIO
 
@@ -79,7 +79,7 @@ class Output:
             yield started, progress
 
 
-def table(rows: list[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:
+def table(rows: Sequence[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:
     """Columns padded with blanks; numbers are the caller's to format."""
     every = [head, *rows] if head else rows
     widths = [max(len(row[n]) for row in every) for n in range(len(every[0]))] if every else []

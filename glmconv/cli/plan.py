@@ -29,7 +29,7 @@ Examples:
 @run_options
 @output_options
 @click.pass_context
-def command(ctx: click.Context, src: str, dst: Path | None, to: tuple[str, ...], nodes: int, ranks_per_node: int, **chosen: object) -> int:
+def command(ctx: click.Context, /, src: str, dst: Path | None, to: tuple[str, ...], nodes: int, ranks_per_node: int, **chosen: object) -> int:
     """Say what converting SRC would read, write and need. Nothing is written."""
     from glmconv.convert import options_of
 
@@ -50,7 +50,9 @@ def show_plan(out: Output, src: str, dst: Path | None, to: tuple[str, ...], opti
     if len(summary.ranks) > 1:
         loads = [rank["bytes"] for rank in summary.ranks]
         mean = sum(loads) / len(loads)
-        out.data(f"{len(loads)} ranks: {human(min(loads))} to {human(max(loads))} each, the fullest {max(loads) / mean * 100 - 100:.1f} % above the mean")
+        out.data(
+            f"{len(loads)} ranks: {human(min(loads))} to {human(max(loads))} each, the fullest {max(loads) / mean * 100 - 100:.1f} % above the mean"
+        )
     for note in summary.notes:
         out.note(f"note: {note}")
     out.note(f"next: glmconv convert {src} {dst or 'DST'} {' '.join(f'--to {t}' for t in to)}")

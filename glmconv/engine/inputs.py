@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -9,192 +10,322 @@ import stat
 import threading
 import unicodedata
 from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 
 from glmconv.errors import SourceError
 
 OPEN_AT_ONCE = 128
-BLOB = re.compile(r"^\.\./\.\./blobs/[0-9A-Za-z._-]{1,128}$")
+NAME_LONGEST = 255  # bytes, as everywhere on Linux
 FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK | os.O_CLOEXEC
+DOWNLOAD = "Is the download complete?"
+CHANGED = "Start again when nothing writes to the source."
+
+# How the Hub's cache links (huggingface_hub, file_download.py and utils/_shared_blobs.py): a snapshot's file to a blob of its repository, and,
+# since 2026, that blob to one that all repositories of the cache share.
+#   CACHE/models--ORG--NAME/snapshots/COMMIT/FILE -> ../../blobs/ETAG
+#   CACHE/models--ORG--NAME/blobs/ETAG            -> ../../blobs/AB/ABCD...   (64 hex digits)
+SNAPSHOT = re.compile(r".*/(?:models|datasets|spaces|kernels)--[^/]+/snapshots/[^/]+\Z", re.DOTALL)
+BLOB = re.compile(r"blobs/([0-9A-Za-z][0-9A-Za-z._-]{0,127})\Z")
+SHARED_BLOB = re.compile(r"\.\./\.\./blobs/(([0-9a-f]{2})/\2[0-9a-f]{62})\Z")
 
 
 def plain_name(name: str) -> bool:
     """One path component of 1 to 255 bytes without separators, control characters, `.` or `..`."""
-    if name in ("", ".", "..") or "/" in name or "\\" in name or len(os.fsencode(name)) > 255:
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
         return False
-    return all(ord(c) >= 32 and ord(c) != 127 for c in name) and not any("\ud800" <= c <= "\udfff" for c in name)
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in name):  # control characters, and bytes that are no UTF-8
+        return False
+    return len(name.encode("utf-8")) <= NAME_LONGEST
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """By what a file is known to be the one that was opened."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+def _fingerprint(found: os.stat_result) -> Fingerprint:
+    return Fingerprint(found.st_size, found.st_mtime_ns, found.st_ino)
 
 
 class InputFolder:
-    """A folder of a source. Files are opened relative to a descriptor held from the start, so that nobody can put another folder in its place."""
+    """A folder of a source, itself perhaps given through a link. Files are opened relative to a descriptor held from the start.
 
-    def __init__(self, root: Path) -> None:
+    folders: the only folders inside it of which files may be named, as `folder/file`.
+    """
+
+    def __init__(self, root: Path, folders: tuple[str, ...] = ()) -> None:
         self.root = root
-        try:
-            self._fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as problem:
-            raise SourceError(f"cannot be opened: {problem.strerror}.", file=root) from None
-        self._lock = threading.Lock()
-        self._descriptors: OrderedDict[str, int] = OrderedDict()
-        self._busy: dict[int, int] = {}
+        self.folders = folders
         self.files: dict[str, InputFile] = {}
+        self._lock = threading.Lock()
+        self._fd = -1
+        try:
+            self._fd = os.open(root, FOLDER_FLAGS)
+        except (OSError, ValueError) as problem:
+            raise SourceError(f"cannot be opened: {_reason(problem)}.", file=root) from None
+        self._descriptors = Descriptors()
 
     def names(self) -> list[str]:
-        """The names of the regular files in it (and of the Hub cache's links to them), sorted. SourceError if two differ only by case or Unicode form."""
+        """All names in it but those of folders, sorted: links and pipes too, so that `open` says what is wrong with them.
+
+        SourceError if one cannot be a file's name, or if two differ only by case or Unicode form.
+        """
         try:
-            found = sorted(entry.name for entry in os.scandir(self._fd) if self._is_file(entry))
+            with os.scandir(self._open_folder()) as entries:
+                found = sorted(entry.name for entry in entries if not entry.name.startswith(".nfs") and not entry.is_dir(follow_symlinks=False))
         except OSError as problem:
-            raise SourceError(f"cannot be listed: {problem.strerror}.", file=self.root) from None
+            raise SourceError(f"cannot be listed: {_reason(problem)}.", file=self.root) from None
         folded: dict[str, str] = {}
         for name in found:
-            other = folded.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+            if not plain_name(name):
+                raise SourceError("holds a name with control characters, backslashes or bytes that are no UTF-8.", file=self.root / name)
+            other = folded.setdefault(unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()), name)
             if other != name:
-                raise SourceError(f"{name!r} and {other!r} are the same name on some filesystems.", file=self.root, hint="Rename one of them.")
+                raise SourceError(
+                    f"has another spelling beside it, {other}: on some filesystems they are one file.", file=self.root / name, hint="Rename one."
+                )
         return found
 
-    def _is_file(self, entry: os.DirEntry[str]) -> bool:
-        if entry.name.startswith(".nfs"):
-            return False
-        return entry.is_file(follow_symlinks=False) or (entry.is_symlink() and not entry.is_dir()) or not (entry.is_dir() or entry.is_symlink())
-
     def exists(self, name: str) -> bool:
-        """Whether the name is taken, by anything."""
-        if not plain_name(name):
-            return False
+        """Whether the name is taken, by anything, a link to nothing included. SourceError if that cannot be told."""
+        *folder, name = self._components(name)
         try:
-            os.lstat(name, dir_fd=self._fd)
-        except OSError:
+            with self._opened(folder) as fd:
+                os.lstat(name, dir_fd=fd)
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError as problem:
+            raise SourceError(f"cannot be looked at: {_reason(problem)}.", file=self.root / name) from None
         return True
 
     def open(self, name: str) -> InputFile:
-        """A regular file by its name. SourceError if it is missing, no plain name, a link that leaves the Hub's cache, a pipe or a device."""
-        if not plain_name(name):
-            raise SourceError(f"{name!r} is no plain file name.", file=self.root)
+        """A regular file. SourceError if it is missing, no plain name, a pipe, a device or a folder, or a link that the Hub's cache would not make."""
+        self._components(name)
         with self._lock:
-            if name in self.files:
-                return self.files[name]
-            fd = self._open(name)
-            self._descriptors[name] = fd
-            self._busy[fd] = 1
-            found = self.files[name] = InputFile(self, name, os.fstat(fd))
-            self._release(name, fd)
-            return found
+            if name not in self.files:
+                fd, fingerprint = self.open_descriptor(name)
+                self.files[name] = InputFile(self, name, fingerprint)
+                self._descriptors.add(name, fd)
+            return self.files[name]
 
-    def _open(self, name: str) -> int:
+    def open_descriptor(self, name: str) -> tuple[int, Fingerprint]:
+        """A new descriptor of the regular file that now has this name."""
+        *folder, last = self._components(name)
+        path = self.root / name
         try:
-            fd = os.open(name, FLAGS, dir_fd=self._fd)
+            with self._opened(folder) as folder_fd:
+                fd = self._open_link(folder_fd, last, len(folder), path) if _is_link(last, folder_fd) else os.open(last, FLAGS, dir_fd=folder_fd)
+        except FileNotFoundError:
+            raise SourceError("is missing.", file=path, hint=DOWNLOAD) from None
         except OSError as problem:
-            if problem.errno == errno.ELOOP:
-                fd = self._open_link(name)
-            elif problem.errno == errno.ENOENT:
-                raise SourceError("is missing.", file=self.root / name, hint="Is the download complete?") from None
-            else:
-                raise SourceError(f"cannot be opened: {problem.strerror}.", file=self.root / name) from None
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise SourceError(_refusal(problem), file=path) from None
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
             os.close(fd)
-            raise SourceError("is no regular file.", file=self.root / name)
-        return fd
+            raise SourceError(f"is {_kind(found.st_mode)}, not a file.", file=path)
+        return fd, _fingerprint(found)
 
-    def _open_link(self, name: str) -> int:
-        """The Hub's cache links snapshots/COMMIT/FILE to ../../blobs/HASH of the same repository; no other link is followed."""
-        target = os.readlink(name, dir_fd=self._fd)
-        parents = Path(os.path.realpath(f"/proc/self/fd/{self._fd}"))
-        if not BLOB.match(target) or parents.parent.name != "snapshots":
-            raise SourceError("is a symbolic link; links are followed only inside the Hub's cache.", file=self.root / name, hint="Put the file itself here.")
-        try:
-            return os.open(target, FLAGS, dir_fd=self._fd)
-        except OSError as problem:
-            raise SourceError(f"links to a blob that cannot be opened: {problem.strerror}.", file=self.root / name) from None
-
-    def borrow(self, name: str) -> int:
-        """A descriptor of the file, to be given back with `give_back`; the least used ones are closed beyond OPEN_AT_ONCE."""
+    @contextlib.contextmanager
+    def borrowed(self, file: InputFile) -> Iterator[int]:
+        """A descriptor of the file, for this while. SourceError if it had to be opened again and is another file now."""
         with self._lock:
-            fd = self._descriptors.get(name)
+            fd = self._descriptors.take(file.name)
             if fd is None:
-                fd = self._open(name)
-                self._descriptors[name] = fd
-            self._descriptors.move_to_end(name)
-            self._busy[fd] = self._busy.get(fd, 0) + 1
-            return fd
-
-    def give_back(self, name: str, fd: int) -> None:
-        with self._lock:
-            self._release(name, fd)
-
-    def _release(self, name: str, fd: int) -> None:
-        self._busy[fd] -= 1
-        if len(self._descriptors) > OPEN_AT_ONCE:
-            for other, idle in list(self._descriptors.items()):
-                if not self._busy.get(idle):
-                    del self._descriptors[other]
-                    self._busy.pop(idle, None)
-                    os.close(idle)
-                    break
+                fd, fingerprint = self.open_descriptor(file.name)
+                if fingerprint != file.fingerprint:
+                    os.close(fd)
+                    raise SourceError("changed while it was read.", file=file.path, hint=CHANGED)
+                self._descriptors.add(file.name, fd)
+                self._descriptors.take(file.name)
+        try:
+            yield fd
+        finally:
+            with self._lock:
+                self._descriptors.give_back(file.name)
 
     def check_unchanged(self) -> None:
-        """SourceError if any file that was opened is no longer the same: size, modification time, inode."""
+        """SourceError if a file that was opened here is not the same any more."""
         for file in list(self.files.values()):
             file.check_unchanged()
 
-    def status(self, name: str) -> os.stat_result:
-        try:
-            found = os.lstat(name, dir_fd=self._fd)
-            return os.stat(name, dir_fd=self._fd) if stat.S_ISLNK(found.st_mode) else found
-        except OSError:
-            raise SourceError("is gone; it was there when the run began.", file=self.root / name) from None
-
     def close(self) -> None:
+        """Close every descriptor; nothing can be read any more."""
         with self._lock:
-            for fd in self._descriptors.values():
-                os.close(fd)
-            self._descriptors.clear()
-            self._busy.clear()
             if self._fd >= 0:
+                self._descriptors.close()
                 os.close(self._fd)
                 self._fd = -1
 
+    def __enter__(self) -> InputFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()  # of a source that was refused halfway, nobody else does
+
+    def _components(self, name: str) -> list[str]:
+        parts = name.split("/")
+        if not all(map(plain_name, parts)) or len(parts) > 2 or (len(parts) == 2 and parts[0] not in self.folders):
+            raise SourceError(f"{name[:300]!r} cannot be the name of a file in it.", file=self.root)
+        return parts
+
+    def _open_folder(self) -> int:
+        if self._fd < 0:
+            raise ValueError(f"{self.root} is closed")
+        return self._fd
+
+    @contextlib.contextmanager
+    def _opened(self, folder: list[str]) -> Iterator[int]:
+        """The descriptor of the folder itself, or of one inside it while it is needed."""
+        fd = self._open_folder()
+        inner = os.open(folder[0], FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=fd) if folder else None
+        try:
+            yield fd if inner is None else inner
+        finally:
+            if inner is not None:
+                os.close(inner)
+
+    def _open_link(self, folder_fd: int, name: str, depth: int, path: Path) -> int:
+        """Follow a link as the Hub's cache makes them, one step at a time, each step checked to be one."""
+        up = "../" * (2 + depth)
+        target = os.readlink(name, dir_fd=folder_fd)
+        blob = BLOB.match(target.removeprefix(up))
+        if not target.startswith(up) or blob is None or not SNAPSHOT.match(os.path.realpath(f"/proc/self/fd/{self._fd}")):
+            raise SourceError("is a link; only the links inside the Hub's cache are followed.", file=path, hint="Put the file itself here.")
+        blobs = os.open(up + "blobs", FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=folder_fd)
+        try:
+            if not _is_link(blob[1], blobs):
+                return os.open(blob[1], FLAGS, dir_fd=blobs)
+            shared = SHARED_BLOB.match(os.readlink(blob[1], dir_fd=blobs))
+            if shared is None:
+                raise SourceError("is a link to a blob that is a link out of the Hub's cache.", file=path)
+            store = os.open(f"../../blobs/{shared[2]}", FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=blobs)
+            try:
+                return os.open(shared[1][3:], FLAGS, dir_fd=store)
+            finally:
+                os.close(store)
+        finally:
+            os.close(blobs)
+
+
+@dataclass
+class Descriptors:
+    """At most OPEN_AT_ONCE descriptors, the longest unused closed first, none while it is being read from. Its owner's lock guards it."""
+
+    fds: OrderedDict[str, int] = field(default_factory=OrderedDict)
+    readers: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, fd: int) -> None:
+        self.fds[name] = fd
+        self._close_unused()
+
+    def take(self, name: str) -> int | None:
+        """The descriptor, which stays open until it is given back; None if there is none."""
+        fd = self.fds.get(name)
+        if fd is not None:
+            self.fds.move_to_end(name)
+            self.readers[name] = self.readers.get(name, 0) + 1
+        return fd
+
+    def give_back(self, name: str) -> None:
+        self.readers[name] -= 1
+        if not self.readers[name]:
+            del self.readers[name]
+        self._close_unused()
+
+    def close(self) -> None:
+        for fd in self.fds.values():
+            os.close(fd)
+        self.fds.clear()
+
+    def _close_unused(self) -> None:
+        surplus = len(self.fds) - OPEN_AT_ONCE
+        if surplus > 0:
+            unused = [name for name in self.fds if name not in self.readers]
+            for name in unused[:surplus]:
+                os.close(self.fds.pop(name))
+
 
 class InputFile:
-    """A regular file of a source, read by ranges with `pread`; any thread may read."""
+    """A regular file of a source, read by ranges; any thread may read. It is what `fingerprint` says, or reading it raises SourceError."""
 
-    def __init__(self, folder: InputFolder, name: str, found: os.stat_result) -> None:
+    def __init__(self, folder: InputFolder, name: str, fingerprint: Fingerprint) -> None:
         self.folder = folder
         self.name = name
-        self.size = found.st_size
-        self.identity = _identity(found)
+        self.fingerprint = fingerprint
+
+    @property
+    def size(self) -> int:
+        return self.fingerprint.size
 
     @property
     def path(self) -> Path:
+        """For messages."""
         return self.folder.root / self.name
 
     def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`. SourceError if the file ends before."""
-        if offset < 0 or size < 0 or offset + size > self.size:
-            raise SourceError(f"ends at byte {self.size:,}; {size:,} more are needed from {offset:,}.", file=self.path, hint="Is it cut off? Download it again.")
+        """`size` bytes from `offset`; nothing is allocated for what the file does not have. SourceError if it ends before."""
+        self._check_range(offset, size)
         out = bytearray(size)
         self.read_into(offset, memoryview(out))
         return bytes(out)
 
     def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill `out` from `offset` on. SourceError if the file ends before or cannot be read."""
-        fd = self.folder.borrow(self.name)
-        try:
-            done = 0
+        """Fill `out` from `offset` on. SourceError if the file ends before, cannot be read, or was replaced."""
+        out = out.cast("B")
+        self._check_range(offset, len(out))
+        done = 0
+        with self.folder.borrowed(self) as fd:
             while done < len(out):
-                got = os.preadv(fd, [out[done:]], offset + done)
-                if got == 0:
-                    raise SourceError(f"ends after {offset + done:,} bytes; more were there when it was opened.", file=self.path, hint="Download it again.")
+                try:
+                    got = os.preadv(fd, [out[done:]], offset + done)
+                except OSError as problem:
+                    raise SourceError(
+                        f"cannot be read: {_reason(problem)}.", file=self.path, offset=offset + done, hint="Is the disk faulty?"
+                    ) from None
+                if not got:
+                    raise SourceError("ends early: it was longer when it was opened.", file=self.path, offset=offset + done, hint=CHANGED)
                 done += got
-        except OSError as problem:
-            raise SourceError(f"cannot be read: {problem.strerror}.", file=self.path, offset=offset, hint="Is the disk faulty?") from None
-        finally:
-            self.folder.give_back(self.name, fd)
+
+    def _check_range(self, offset: int, size: int) -> None:
+        if offset < 0 or size < 0 or offset + size > self.size:
+            what = f"ends early: {size:,} bytes from {offset:,} on are needed, it has {self.size:,}."
+            raise SourceError(what, file=self.path, hint=DOWNLOAD)
 
     def check_unchanged(self) -> None:
-        if _identity(self.folder.status(self.name)) != self.identity:
-            raise SourceError("changed while it was read.", file=self.path, hint="Start again when nothing writes to the source.")
+        """SourceError unless the file of this name is still the one that was opened: size, modification time, inode."""
+        fd, fingerprint = self.folder.open_descriptor(self.name)
+        os.close(fd)
+        if fingerprint != self.fingerprint:
+            raise SourceError("changed while it was read.", file=self.path, hint=CHANGED)
 
 
-def _identity(found: os.stat_result) -> tuple[int, int, int, int]:
-    return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
+def _is_link(name: str, folder_fd: int) -> bool:
+    return stat.S_ISLNK(os.lstat(name, dir_fd=folder_fd).st_mode)
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "something unknown")
+
+
+def _reason(problem: OSError | ValueError) -> str:
+    return problem.strerror or str(problem) if isinstance(problem, OSError) else str(problem)
+
+
+def _refusal(problem: OSError) -> str:
+    if problem.errno == errno.ELOOP:  # made a link since we looked, or a folder that is one
+        return "is a link; only the links inside the Hub's cache are followed."
+    if problem.errno == errno.ENXIO:
+        return "is a socket or a device, not a file."
+    return f"cannot be opened: {_reason(problem)}."

@@ -90,7 +90,9 @@ class OutputFile:
         state = hashlib.sha256(self.header)
         for at, p in self.layout():
             runs = [[r.tensor, r.start, r.rows] for r in p.runs]
-            state.update(canonical_json([at, p.name, p.dtype, list(p.shape), p.payload, runs, sha256(p.literal), list(p.equals), type(p.frame).__name__]))
+            state.update(
+                canonical_json([at, p.name, p.dtype, list(p.shape), p.payload, runs, sha256(p.literal), list(p.equals), type(p.frame).__name__])
+            )
         return state.hexdigest()
 
 

@@ -87,7 +87,11 @@ def refuse(file: object, missing: tuple[str, ...], unexpected: tuple[str, ...], 
         )  # fmt: skip
     if missing:
         only_mtp = all(name in model.tensors and model.tensors[name].mtp for name in missing)
-        hint = "The MTP layer is not there; to go on without it pass --mtp drop." if only_mtp else "Is the download complete? `glmconv inspect` lists all."
+        hint = (
+            "The MTP layer is not there; to go on without it pass --mtp drop."
+            if only_mtp
+            else "Is the download complete? `glmconv inspect` lists all."
+        )
         raise SourceError(f"is missing{_more(missing)}.", file=file, tensor=missing[0], hint=hint)
     if unexpected:
         raise SourceError(

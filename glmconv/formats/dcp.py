@@ -5,6 +5,7 @@ Source: torch.distributed.checkpoint.metadata and .filesystem (Metadata, TensorS
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -175,7 +176,7 @@ def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], axis: int) ->
     for box in boxes:
         groups.setdefault((box[0][axis], box[1][axis]), []).append(box)
     spans = sorted(groups)
-    if all(a[0] + a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False)):
+    if all(a[0] + a[1] <= b[0] for a, b in itertools.pairwise(spans)):
         return any(_overlap(group, axis + 1) for group in groups.values())
     active: list[tuple[int, tuple[tuple[int, ...], tuple[int, ...]]]] = []
     for begin, length in spans:
@@ -203,14 +204,16 @@ def _check_bytes(tensors: Mapping[str, StoredTensor], objects: Mapping[str, Stor
         ranges.setdefault(stored.relative_path, []).append((stored.offset, stored.length, key))
     for places in ranges.values():
         places.sort()
-        for (begin, length, _), (after, _, key) in zip(places, places[1:], strict=False):
+        for (begin, length, _), (after, _, key) in itertools.pairwise(places):
             if begin + length > after:
                 raise SourceError("shares bytes with another chunk.", file=file, tensor=key)
 
 
 def write_metadata(tensors: Mapping[str, StoredTensor], objects: Mapping[str, StoredObject]) -> bytes:
     """The `.metadata` of a checkpoint, as torch's FileSystemReader reads it. Deterministic: no save id."""
-    names = {name: Global(MODULE, name) for name in ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata", "MetadataIndex")}
+    names = {
+        name: Global(MODULE, name) for name in ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata", "MetadataIndex")
+    }
     size = Global("torch", "Size")
     described: dict[str, object] = {}
     stored: dict[object, object] = {}
@@ -220,7 +223,8 @@ def write_metadata(tensors: Mapping[str, StoredTensor], objects: Mapping[str, St
 
     for key, tensor in tensors.items():
         chunks = [
-            Object(names["ChunkStorageMetadata"], (), {"offsets": Object(size, (c.offsets,)), "sizes": Object(size, (c.sizes,))}) for c in tensor.chunks
+            Object(names["ChunkStorageMetadata"], (), {"offsets": Object(size, (c.offsets,)), "sizes": Object(size, (c.sizes,))})
+            for c in tensor.chunks
         ]
         described[key] = Object(
             names["TensorStorageMetadata"], (), {"properties": _properties(tensor.dtype), "size": Object(size, (tensor.shape,)), "chunks": chunks}

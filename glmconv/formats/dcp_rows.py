@@ -98,7 +98,7 @@ class Boxes:
         for row in range(low, high, step):
             count = min(step, high - row)
             block = scratch[: count * part]
-            box.blob.file.read_into(begin + (row - low) * part, memoryview(block))
+            box.blob.file.read_into(begin + (row - low) * part, block.data)
             target[row : row + count] = block.reshape(count, part)
 
 

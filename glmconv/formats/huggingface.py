@@ -131,7 +131,8 @@ def open_folder(path: Path, options: OpenOptions) -> Opened:
     side = side_files(folder, names, len(numbers))
     fingerprint = {
         "format": "hf",
-        "files": {name: [file.size, shards.headers[name].digest] for name, file in shards.files.items()} | {n: list(d) for n, d in side.digests.items()},
+        "files": {name: [file.size, shards.headers[name].digest] for name, file in shards.files.items()}
+        | {n: list(d) for n, d in side.digests.items()},
     }
     return Opened(
         format="hf", path=path, config=config, config_bytes=config_bytes, model=model, tensors=tensors, folders=(folder,), fingerprint=fingerprint,
@@ -171,7 +172,9 @@ def plan(opened: Opened, options: LayoutOptions) -> Plan:
     return Plan("hf", {"mtp": options.mtp}, opened.fingerprint, tuple(files), tuple(marks), opened.notes)
 
 
-def _shard(name: str, metadata: Mapping[str, str], order: Iterable[str], dtypes: Mapping[str, DType], shapes: Mapping[str, tuple[int, ...]]) -> OutputFile:
+def _shard(
+    name: str, metadata: Mapping[str, str], order: Iterable[str], dtypes: Mapping[str, DType], shapes: Mapping[str, tuple[int, ...]]
+) -> OutputFile:
     order = list(order)
     pieces = []
     for tensor in order:

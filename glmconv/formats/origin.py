@@ -57,7 +57,9 @@ def _layout(folder: InputFolder, names: list[str]) -> FileLayout | None:
     """From the layout that we left, or from the release's shards, or from its index alone (then in the index's order)."""
     if LAYOUT in names:
         file = folder.open(LAYOUT)
-        return parse_layout(strict_json.parse(file.read(0, min(file.size, LAYOUT_LARGEST + 1)), file=folder.root / LAYOUT, limit=LAYOUT_LARGEST), folder.root / LAYOUT)
+        return parse_layout(
+            strict_json.parse(file.read(0, min(file.size, LAYOUT_LARGEST + 1)), file=folder.root / LAYOUT, limit=LAYOUT_LARGEST), folder.root / LAYOUT
+        )
     if any(name.endswith(".safetensors") for name in names):
         shards: Shards = read_shards(folder, names)
         return shards.layout
@@ -102,7 +104,14 @@ def parse_layout(value: object, file: Path) -> FileLayout | None:
 
 
 def _shard_name(name: object, file: Path) -> str:
-    good = isinstance(name, str) and name.endswith(".safetensors") and len(name) <= 200 and not name.startswith(".") and "/" not in name and "\\" not in name
+    good = (
+        isinstance(name, str)
+        and name.endswith(".safetensors")
+        and len(name) <= 200
+        and not name.startswith(".")
+        and "/" not in name
+        and "\\" not in name
+    )
     if not good or not isinstance(name, str) or not name.isprintable() or not name.isascii():
         raise SourceError(f"{name!r} cannot be the name of a shard.", file=file)
     return name

@@ -57,7 +57,9 @@ def read_header(file: InputFile) -> Header:
     if length > HEADER_LARGEST:
         raise SourceError(f"says its header is {length:,} bytes long; at most {HEADER_LARGEST:,} are read.", file=path)
     if length > file.size - 8:
-        raise SourceError(f"says its header is {length:,} bytes long, the file has {file.size:,}.", file=path, hint="Is it cut off? Download it again.")
+        raise SourceError(
+            f"says its header is {length:,} bytes long, the file has {file.size:,}.", file=path, hint="Is it cut off? Download it again."
+        )
     raw = file.read(8, length)
     if not raw.startswith(b"{") or not raw.rstrip(b" ").endswith(b"}"):
         raise SourceError("has a header that is no JSON object followed by blanks.", file=path, offset=8)

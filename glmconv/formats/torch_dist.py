@@ -5,27 +5,26 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from glmconv import strict_json
 from glmconv.archs import Model
+from glmconv.dtypes import DType
 from glmconv.engine.inputs import InputFile, InputFolder
 from glmconv.engine.plan import sha256
 from glmconv.errors import SourceError, UnsupportedError
 from glmconv.formats import torch_dist_layout
-from glmconv.formats.binding import canonical_dtype, config_dtype, expected, mismatch, model_dtype
+from glmconv.formats.binding import canonical_dtype, expected, has_aliases, mismatch, model_dtype
 from glmconv.formats.common_pt import read_common
 from glmconv.formats.dcp import DcpMetadata, StoredTensor, read_metadata
 from glmconv.formats.dcp_rows import Boxes, ChunkedRows, Stretch
 from glmconv.formats.format import FileLayout, Format, Opened, OpenOptions, RowReader
 from glmconv.formats.megatron_args import to_config
-from glmconv.formats.megatron_keys import MODEL_KEYS, MegatronTensor, is_trainers, megatron_tensors, spellings, stacked_spelling
+from glmconv.formats.megatron_keys import MegatronTensor, is_trainers, megatron_tensors, spellings, stacked_spelling
 from glmconv.formats.origin import Origin, find_origin
-from glmconv.formats.side_files import CONFIG
+from glmconv.formats.run_config import read_run_config
 from glmconv.formats.torch_dist_layout import COMMON, METADATA, TRACKER
 from glmconv.formats.widen import Widened
-from glmconv.formats.run_config import read_run_config
 
 METADATA_LARGEST = 256 << 20
 ITERATION = re.compile(r"^(release|iter_(\d{1,10}))$")
@@ -59,7 +58,9 @@ def locate(path: Path) -> Place | None:
             raise SourceError(f"names {named!r}; it must be 'release' or an iteration's number.", file=tracker)
         number = -1 if named == "release" else int(named)
         if number not in found:
-            raise SourceError(f"names {named}, but there is no such finished folder beside it.", file=tracker, hint="Pass the iteration's folder itself.")
+            raise SourceError(
+                f"names {named}, but there is no such finished folder beside it.", file=tracker, hint="Pass the iteration's folder itself."
+            )
         return Place(path, found[number])
     return Place(path, found[max(found)]) if found else None
 
@@ -115,8 +116,6 @@ def _bytes(stored: StoredTensor) -> int:
 
 
 def _layout_has_aliases(layout: FileLayout | None, config: Mapping[str, object], file: Path) -> bool:
-    from glmconv.formats.binding import has_aliases
-
     names = {tensor: True for _, _, order in layout.files for tensor in order} if layout else {}
     return has_aliases(config, names, file)
 
@@ -190,7 +189,9 @@ class Matched:
             self.boxes[key, columns] = Boxes(stored, columns, self.files)
         return self.boxes[key, columns], (layer or 0) * wanted.rows
 
-    def _assemble(self, stretches, dtypes, dtype, wrong):  # type: ignore[no-untyped-def]
+    def _assemble(
+        self, stretches: Mapping[str, list[Stretch]], dtypes: Mapping[str, DType], dtype: DType, wrong: dict[str, str]
+    ) -> dict[str, RowReader]:
         readers: dict[str, RowReader] = {}
         for name, tensor in self.model.tensors.items():
             source = tensor.alias or name
@@ -221,7 +222,9 @@ def config_of(folder: InputFolder, origin: Origin, metadata: DcpMetadata) -> tup
         raise SourceError("has no config.json beside it, and no common.pt or run_config.yaml to rebuild one from.", file=folder.root,
                           hint="Name the model's release with --origin DIR or --origin zai-org/....")  # fmt: skip
     if args.get("multi_latent_attention") or args.get("q_lora_rank"):
-        raise UnsupportedError(f"{source} describes a model with latent attention, whose config is not rebuilt.", file=folder.root, hint="Pass --origin.")
+        raise UnsupportedError(
+            f"{source} describes a model with latent attention, whose config is not rebuilt.", file=folder.root, hint="Pass --origin."
+        )
     config = to_config(args)
     missing = [name for name in ("hidden_size", "num_hidden_layers", "vocab_size", "n_routed_experts", "first_k_dense_replace") if name not in config]
     if missing:

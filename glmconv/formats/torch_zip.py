@@ -78,7 +78,10 @@ class Zip:
         self.record("archive/.data/serialization_id", f"{names}{combined:020d}".encode())
         start = self.size
         for name, crc32, size, offset in self.central:
-            self.put(struct.pack("<4s6H3I5H2I", CENTRAL, 0, 0, FLAGS if size else UTF8, 0, 0, 0, crc32, size, size, len(name), 0, 0, 0, 0, 0, offset) + name.encode())
+            self.put(
+                struct.pack("<4s6H3I5H2I", CENTRAL, 0, 0, FLAGS if size else UTF8, 0, 0, 0, crc32, size, size, len(name), 0, 0, 0, 0, 0, offset)
+                + name.encode()
+            )
         length, count = self.size - start, len(self.central)
         end = self.size
         self.put(struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 0x031E, 45, 0, 0, count, count, length, start))

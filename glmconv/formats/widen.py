@@ -28,7 +28,7 @@ class Widened:
     def read_into(self, start: int, out: memoryview) -> None:
         rows = len(out) // row_size(self.shape, self.dtype)
         narrow = np.empty(rows * row_size(self.shape, self.stored.dtype), np.uint8)
-        self.stored.read_into(start, memoryview(narrow))
+        self.stored.read_into(start, narrow.data)
         wide = np.frombuffer(out, np.uint32)
         if self.stored.dtype.name == "bfloat16":
             np.left_shift(narrow.view("<u2"), 16, out=wide, dtype=np.uint32)
