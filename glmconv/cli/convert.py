@@ -76,10 +76,19 @@ def _summary(done: object, verified: dict[str, object]) -> dict[str, object]:
 
     assert isinstance(done, Converted)
     targets = [
-        {"to": o.target.plan.to, "path": str(o.target.root), "plan_id": o.target.plan.id, "bytes": o.target.plan.size, "files_written": o.files_written,
-         "files_kept": o.files_kept, "bytes_written": o.bytes_written, "already_done": o.already_done, "manifest": str(o.manifest)}
+        {
+            "to": o.target.plan.to,
+            "path": str(o.target.root),
+            "plan_id": o.target.plan.id,
+            "bytes": o.target.plan.size,
+            "files_written": o.files_written,
+            "files_kept": o.files_kept,
+            "bytes_written": o.bytes_written,
+            "already_done": o.already_done,
+            "manifest": str(o.manifest),
+        }
         for o in done.outcomes
-    ]  # fmt: skip
+    ]
     return {"source": dict(done.source), "tensors": done.tensors, "dropped": done.dropped, "targets": targets, "notes": done.notes, **verified}
 
 

@@ -45,8 +45,8 @@ def show_plan(out: Output, src: str, dst: Path | None, to: tuple[str, ...], opti
         return 0
     rows = [(str(t["to"]), str(t["path"] or "-"), f"{t['files']:,}", human(float(str(t["bytes"]))), f"{t['tensors']:,}") for t in summary.targets]
     out.data(table(rows, ("to", "path", "files", "bytes", "tensors")))
-    out.data(f"read {human(summary.bytes_read)}, write {human(summary.bytes_written)} in {summary.jobs:,} jobs; disk needed {human(summary.disk_needed)}, "
-             f"peak memory {human(summary.peak_memory)} a rank")  # fmt: skip
+    moved = f"read {human(summary.bytes_read)}, write {human(summary.bytes_written)} in {summary.jobs:,} jobs"
+    out.data(f"{moved}; disk needed {human(summary.disk_needed)}, peak memory {human(summary.peak_memory)} a rank")
     if len(summary.ranks) > 1:
         loads = [rank["bytes"] for rank in summary.ranks]
         mean = sum(loads) / len(loads)

@@ -63,7 +63,7 @@ def canonical_dtype(tensor: TensorSpec, model_dtype: DType) -> DType:
 
 
 def mismatch(tensor: TensorSpec, shape: tuple[int, ...], dtype: DType, wanted: DType) -> str:
-    """What is wrong with a stored tensor, in words; empty if nothing is. A narrower float where the table asks for float32 is right: it widens exactly."""
+    """What is wrong with a stored tensor, in words; empty if nothing is. A narrower float is right where float32 is asked for: it widens."""
     if shape != tensor.shape:
         return f"is {list(shape)}, the config needs {list(tensor.shape)}"
     if dtype != wanted and not widens(dtype, wanted):
