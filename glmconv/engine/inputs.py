@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import stat
@@ -28,9 +27,10 @@ CHANGED = "Start again when nothing writes to the source."
 # since 2026, that blob to one that all repositories of the cache share.
 #   CACHE/models--ORG--NAME/snapshots/COMMIT/FILE -> ../../blobs/ETAG
 #   CACHE/models--ORG--NAME/blobs/ETAG            -> ../../blobs/AB/ABCD...   (64 hex digits)
-SNAPSHOT = re.compile(r".*/(?:models|datasets|spaces|kernels)--[^/]+/snapshots/[^/]+\Z", re.DOTALL)
+SNAPSHOT = re.compile(r".*/([^/]+)/snapshots/[^/]+\Z", re.DOTALL)
+REPOSITORY = re.compile(r"(?:models|datasets|spaces)--.+", re.DOTALL)
 BLOB = re.compile(r"blobs/([0-9A-Za-z][0-9A-Za-z._-]{0,127})\Z")
-SHARED_BLOB = re.compile(r"\.\./\.\./blobs/(([0-9a-f]{2})/\2[0-9a-f]{62})\Z")
+SHARED_BLOB = re.compile(r"\.\./\.\./blobs/(?P<folder>[0-9a-f]{2})/(?P<name>(?P=folder)[0-9a-f]{62})\Z")
 
 
 def plain_name(name: str) -> bool:
@@ -89,9 +89,7 @@ class InputFolder:
                 raise SourceError("holds a name with control characters, backslashes or bytes that are no UTF-8.", file=self.root / name)
             other = folded.setdefault(unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()), name)
             if other != name:
-                raise SourceError(
-                    f"has another spelling beside it, {other}: on some filesystems they are one file.", file=self.root / name, hint="Rename one."
-                )
+                raise SourceError(f"is spelled {other} too: on some filesystems they are one file.", file=self.root / name, hint="Rename one.")
         return found
 
     def exists(self, name: str) -> bool:
@@ -107,13 +105,14 @@ class InputFolder:
         return True
 
     def open(self, name: str) -> InputFile:
-        """A regular file. SourceError if it is missing, no plain name, a pipe, a device or a folder, or a link that the Hub's cache would not make."""
+        """A regular file. SourceError if it is missing, no plain name, a pipe, a device, a folder, or a link unlike the Hub cache's."""
         self._components(name)
         with self._lock:
             if name not in self.files:
                 fd, fingerprint = self.open_descriptor(name)
                 self.files[name] = InputFile(self, name, fingerprint)
                 self._descriptors.add(name, fd)
+                self._descriptors.close_surplus()
             return self.files[name]
 
     def open_descriptor(self, name: str) -> tuple[int, Fingerprint]:
@@ -122,16 +121,29 @@ class InputFolder:
         path = self.root / name
         try:
             with self._opened(folder) as folder_fd:
-                fd = self._open_link(folder_fd, last, len(folder), path) if _is_link(last, folder_fd) else os.open(last, FLAGS, dir_fd=folder_fd)
+                mode = os.lstat(last, dir_fd=folder_fd).st_mode  # looked at before it is opened: opening a device may do something
+                _check_kind(mode, path)
+                fd = self._open_link(folder_fd, last, len(folder), path) if stat.S_ISLNK(mode) else os.open(last, FLAGS, dir_fd=folder_fd)
         except FileNotFoundError:
             raise SourceError("is missing.", file=path, hint=DOWNLOAD) from None
         except OSError as problem:
-            raise SourceError(_refusal(problem), file=path) from None
+            raise SourceError(f"cannot be opened: {_reason(problem)}.", file=path) from None
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             os.close(fd)
-            raise SourceError(f"is {_kind(found.st_mode)}, not a file.", file=path)
+            raise SourceError("is not a file.", file=path)
         return fd, _fingerprint(found)
+
+    def fingerprint_now(self, name: str) -> Fingerprint:
+        """Of the regular file that now has this name; it is opened only if there is a folder or a link on the way."""
+        if "/" not in name:
+            with contextlib.suppress(OSError):
+                found = os.lstat(name, dir_fd=self._open_folder())
+                if stat.S_ISREG(found.st_mode):
+                    return _fingerprint(found)
+        fd, fingerprint = self.open_descriptor(name)
+        os.close(fd)
+        return fingerprint
 
     @contextlib.contextmanager
     def borrowed(self, file: InputFile) -> Iterator[int]:
@@ -157,7 +169,7 @@ class InputFolder:
             file.check_unchanged()
 
     def close(self) -> None:
-        """Close every descriptor; nothing can be read any more."""
+        """Close every descriptor. Nothing may be reading then, and nothing can be read any more."""
         with self._lock:
             if self._fd >= 0:
                 self._descriptors.close()
@@ -188,34 +200,28 @@ class InputFolder:
     def _opened(self, folder: list[str]) -> Iterator[int]:
         """The descriptor of the folder itself, or of one inside it while it is needed."""
         fd = self._open_folder()
-        inner = os.open(folder[0], FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=fd) if folder else None
-        try:
-            yield fd if inner is None else inner
-        finally:
-            if inner is not None:
-                os.close(inner)
+        if not folder:
+            yield fd
+            return
+        with _folder(folder[0], fd) as inner:
+            yield inner
 
     def _open_link(self, folder_fd: int, name: str, depth: int, path: Path) -> int:
         """Follow a link as the Hub's cache makes them, one step at a time, each step checked to be one."""
         up = "../" * (2 + depth)
         target = os.readlink(name, dir_fd=folder_fd)
         blob = BLOB.match(target.removeprefix(up))
-        if not target.startswith(up) or blob is None or not SNAPSHOT.match(os.path.realpath(f"/proc/self/fd/{self._fd}")):
+        snapshot = SNAPSHOT.match(os.path.realpath(f"/proc/self/fd/{self._fd}"))
+        if not target.startswith(up) or blob is None or snapshot is None:
             raise SourceError("is a link; only the links inside the Hub's cache are followed.", file=path, hint="Put the file itself here.")
-        blobs = os.open(up + "blobs", FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=folder_fd)
-        try:
-            if not _is_link(blob[1], blobs):
+        with _folder(up + "blobs", folder_fd) as blobs:
+            if not stat.S_ISLNK(os.lstat(blob[1], dir_fd=blobs).st_mode):
                 return os.open(blob[1], FLAGS, dir_fd=blobs)
             shared = SHARED_BLOB.match(os.readlink(blob[1], dir_fd=blobs))
-            if shared is None:
+            if shared is None or not REPOSITORY.fullmatch(snapshot[1]):
                 raise SourceError("is a link to a blob that is a link out of the Hub's cache.", file=path)
-            store = os.open(f"../../blobs/{shared[2]}", FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=blobs)
-            try:
-                return os.open(shared[1][3:], FLAGS, dir_fd=store)
-            finally:
-                os.close(store)
-        finally:
-            os.close(blobs)
+            with _folder(f"../../blobs/{shared['folder']}", blobs) as store:
+                return os.open(shared["name"], FLAGS, dir_fd=store)
 
 
 @dataclass
@@ -227,7 +233,6 @@ class Descriptors:
 
     def add(self, name: str, fd: int) -> None:
         self.fds[name] = fd
-        self._close_unused()
 
     def take(self, name: str) -> int | None:
         """The descriptor, which stays open until it is given back; None if there is none."""
@@ -241,19 +246,18 @@ class Descriptors:
         self.readers[name] -= 1
         if not self.readers[name]:
             del self.readers[name]
-        self._close_unused()
+        self.close_surplus()
+
+    def close_surplus(self) -> None:
+        surplus = len(self.fds) - OPEN_AT_ONCE
+        if surplus > 0:
+            for name in [name for name in self.fds if name not in self.readers][:surplus]:
+                os.close(self.fds.pop(name))
 
     def close(self) -> None:
         for fd in self.fds.values():
             os.close(fd)
         self.fds.clear()
-
-    def _close_unused(self) -> None:
-        surplus = len(self.fds) - OPEN_AT_ONCE
-        if surplus > 0:
-            unused = [name for name in self.fds if name not in self.readers]
-            for name in unused[:surplus]:
-                os.close(self.fds.pop(name))
 
 
 class InputFile:
@@ -276,9 +280,14 @@ class InputFile:
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`; nothing is allocated for what the file does not have. SourceError if it ends before."""
         self._check_range(offset, size)
-        out = bytearray(size)
-        self.read_into(offset, memoryview(out))
-        return bytes(out)
+        parts: list[bytes] = []
+        at, end = offset, offset + size
+        with self.folder.borrowed(self) as fd:
+            while at < end:
+                with self._faults_at(at):
+                    parts.append(os.pread(fd, end - at, at))
+                at += self._progress(len(parts[-1]), at)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill `out` from `offset` on. SourceError if the file ends before, cannot be read, or was replaced."""
@@ -287,15 +296,21 @@ class InputFile:
         done = 0
         with self.folder.borrowed(self) as fd:
             while done < len(out):
-                try:
+                with self._faults_at(offset + done):
                     got = os.preadv(fd, [out[done:]], offset + done)
-                except OSError as problem:
-                    raise SourceError(
-                        f"cannot be read: {_reason(problem)}.", file=self.path, offset=offset + done, hint="Is the disk faulty?"
-                    ) from None
-                if not got:
-                    raise SourceError("ends early: it was longer when it was opened.", file=self.path, offset=offset + done, hint=CHANGED)
-                done += got
+                done += self._progress(got, offset + done)
+
+    @contextlib.contextmanager
+    def _faults_at(self, offset: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as problem:
+            raise SourceError(f"cannot be read: {_reason(problem)}.", file=self.path, offset=offset, hint="Is the disk faulty?") from None
+
+    def _progress(self, got: int, at: int) -> int:
+        if not got:
+            raise SourceError("ends early: it was longer when it was opened.", file=self.path, offset=at, hint=CHANGED)
+        return got
 
     def _check_range(self, offset: int, size: int) -> None:
         if offset < 0 or size < 0 or offset + size > self.size:
@@ -304,28 +319,25 @@ class InputFile:
 
     def check_unchanged(self) -> None:
         """SourceError unless the file of this name is still the one that was opened: size, modification time, inode."""
-        fd, fingerprint = self.folder.open_descriptor(self.name)
-        os.close(fd)
-        if fingerprint != self.fingerprint:
+        if self.folder.fingerprint_now(self.name) != self.fingerprint:
             raise SourceError("changed while it was read.", file=self.path, hint=CHANGED)
 
 
-def _is_link(name: str, folder_fd: int) -> bool:
-    return stat.S_ISLNK(os.lstat(name, dir_fd=folder_fd).st_mode)
+@contextlib.contextmanager
+def _folder(name: str, inside: int) -> Iterator[int]:
+    """A folder's descriptor; a link in its place is an OSError."""
+    fd = os.open(name, FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=inside)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
-def _kind(mode: int) -> str:
+def _check_kind(mode: int, path: Path) -> None:
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
-    return kinds.get(stat.S_IFMT(mode), "something unknown")
+    if stat.S_IFMT(mode) in kinds:
+        raise SourceError(f"is {kinds[stat.S_IFMT(mode)]}, not a file.", file=path)
 
 
 def _reason(problem: OSError | ValueError) -> str:
     return problem.strerror or str(problem) if isinstance(problem, OSError) else str(problem)
-
-
-def _refusal(problem: OSError) -> str:
-    if problem.errno == errno.ELOOP:  # made a link since we looked, or a folder that is one
-        return "is a link; only the links inside the Hub's cache are followed."
-    if problem.errno == errno.ENXIO:
-        return "is a socket or a device, not a file."
-    return f"cannot be opened: {_reason(problem)}."
