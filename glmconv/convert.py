@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmconv.checkpoint import Checkpoint, open_checkpoint
+from glmconv.engine.files import Disk
 from glmconv.engine.plan import Plan, by_source
 from glmconv.engine.queue import JobQueue, number
-from glmconv.engine.run import Outcome, Target, preflight
+from glmconv.engine.preflight import Target, preflight
+from glmconv.engine.run import Outcome
 from glmconv.engine.run import run as run_plans
 from glmconv.errors import CapacityError, UsageError
 from glmconv.formats import FORMATS
@@ -125,7 +127,7 @@ def plan(src: str | Path, to: Sequence[str], dst: Path | None = None, *, options
         plans = plan_targets(source, targets, options)
         needed = sum(p.size for p in plans)
         if all(target.path for target in targets):
-            needed = preflight(_engine_targets(targets, plans), source_root=source.path, resume=options.resume, overwrite=options.overwrite)
+            needed = preflight(_engine_targets(targets, plans), source_root=source.path, disk=Disk(), resume=options.resume, overwrite=options.overwrite)
         return Summary(
             targets=[_described(target, p) for target, p in zip(targets, plans, strict=True)],
             bytes_read=bytes_read(source, plans),
@@ -202,7 +204,7 @@ def convert(
     with open_checkpoint(src, mtp=options.mtp, origin=options.origin) as source:
         plans = plan_targets(source, specs, options)
         made = _engine_targets(specs, plans)
-        preflight(made, source_root=source.path, resume=options.resume, overwrite=options.overwrite)
+        preflight(made, source_root=source.path, disk=Disk(), resume=options.resume, overwrite=options.overwrite)
         has = resources(options)
         if started:
             started(sum(p.size for p in plans))

@@ -1,0 +1,131 @@
+"""Who takes which job: a counter. It only shares work out; the filesystem alone decides what is done, so work done twice is harmless."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from glmconv.engine.plan import sha256
+from glmconv.errors import OutputError, SourceError, UsageError
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+T = TypeVar("T")
+BEAT_SECONDS = 1.0
+
+
+class JobQueue(Protocol):
+    def next(self) -> int | None:
+        """The next job's number, None when there is none left. May be called from any thread."""
+
+
+class LocalQueue:
+    """The queue of one process."""
+
+    def __init__(self, count: int) -> None:
+        self._numbers = iter(range(count))
+        self._lock = threading.Lock()
+
+    def next(self) -> int | None:
+        with self._lock:
+            return next(self._numbers, None)
+
+
+class StoreQueue:
+    """The queue of many ranks: a counter on a TCPStore. No process group is needed.
+
+    Beside it lie hints that save work: which jobs some rank has found or made complete, and a heartbeat, so that one long job is not taken
+    for a dead rank. `hosted` tells that the store lives in this process, which therefore leaves last.
+    """
+
+    def __init__(self, store: TCPStore, plan_ids: Sequence[str], count: int, *, rank: int, ranks: int, key: str = "", hosted: bool = False) -> None:
+        self.rank, self.ranks, self._count, self._hosted = rank, ranks, count, hosted
+        self._store = store
+        self._key = f"glmconv/{key}/"
+        self._lock = threading.Lock()
+        self._beaten = time.monotonic()
+        mine = ",".join(plan_ids) or "-"
+        agreed = self._ask(lambda: self._store.compare_set(self._key + "plans", "", mine)).decode("ascii", "replace")
+        if agreed != mine:
+            raise SourceError(f"rank {rank} sees another source than the other ranks.", hint="Give every node the same files and options.")
+
+    def next(self) -> int | None:
+        number = self._ask(lambda: self._store.add(self._key + "next", 1)) - 1
+        return number if number < self._count else None
+
+    def report(self, job: int) -> None:
+        """Say that this job's file is complete."""
+        self._ask(lambda: self._store.set(f"{self._key}done/{job}", "1"))
+
+    def reported(self, job: int) -> bool:
+        return self._ask(lambda: self._store.check([f"{self._key}done/{job}"]))
+
+    def beat(self) -> None:
+        """Say that this rank is at work; at most once a second something is sent."""
+        now = time.monotonic()
+        if now - self._beaten >= BEAT_SECONDS:
+            self._beaten = now
+            self._ask(lambda: self._store.add(self._key + "beat", 1))
+
+    def pulse(self) -> int:
+        """Grows as long as some rank is at work."""
+        return self._ask(lambda: self._store.add(self._key + "beat", 0))
+
+    def leave(self, stall: float, poll: float, stop: threading.Event) -> None:
+        """Say goodbye; the rank that hosts the store waits for the others', at most `stall` seconds after the last sign of life."""
+        left = self._ask(lambda: self._store.add(self._key + "left", 1))
+        last, since = (left, -1), time.monotonic()
+        while self._hosted and left < self.ranks and time.monotonic() - since < stall and not stop.is_set():
+            stop.wait(poll)
+            left = self._ask(lambda: self._store.add(self._key + "left", 0))
+            if (left, self.pulse()) != last:
+                last, since = (left, self.pulse()), time.monotonic()
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        try:
+            with self._lock:  # one socket, one question at a time
+                return question()
+        except (RuntimeError, OSError) as error:  # torch's DistError is a RuntimeError
+            raise OutputError(
+                f"rank {self.rank} has lost the job's store: {error}".splitlines()[0], hint="What is done is kept; run the same command again."
+            ) from error
+
+
+def open_queue(
+    plan_ids: Sequence[str], count: int, *, name: str = "", environment: Mapping[str, str] | None = None, timeout: float = 300
+) -> LocalQueue | StoreQueue:
+    """The queue that the environment asks for: torchrun's or SLURM's ranks share one, anything else works alone.
+
+    `name` tells commands of one torchrun job apart (their destinations do), so that one may follow another.
+    """
+    env = os.environ if environment is None else environment
+    ranks = number(env, "WORLD_SIZE" if "RANK" in env else "SLURM_NTASKS", 1)
+    if ranks <= 1 or "MASTER_ADDR" not in env:
+        return LocalQueue(count)
+    rank = number(env, "RANK" if "RANK" in env else "SLURM_PROCID", 0)
+    agent = env.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() in ("1", "true")
+    hosted = rank == 0 and not agent
+    port = number(env, "MASTER_PORT", 29511)
+    from torch.distributed import TCPStore
+
+    try:
+        store = TCPStore(env["MASTER_ADDR"], port, is_master=hosted, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+    except (RuntimeError, OSError) as error:
+        raise OutputError(
+            f"rank {rank} cannot reach the job's store at {env['MASTER_ADDR']}:{port}.", hint="Check MASTER_ADDR and MASTER_PORT on every node."
+        ) from error
+    restart = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    key = f"{sha256(name.encode())[:16]}/{restart}"
+    return StoreQueue(store, plan_ids, count, rank=rank, ranks=ranks, key=key, hosted=hosted)
+
+
+def number(env: Mapping[str, str], key: str, default: int) -> int:
+    text = env.get(key, str(default))
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise UsageError(f"{key}={text} in the environment is not a number.")
+    return int(text)
