@@ -127,11 +127,14 @@ def open_checkpoint(path: str | Path, *, mtp: bool = True, origin: str | Path | 
     place = resolve(path)
     unfinished(place)
     form = next((form for form in FORMATS.values() if form.detect(place)), None)
+    if form is None and any(child.name.startswith("mp_rank_") for child in place.iterdir()):
+        raise UnsupportedError("is a legacy Megatron checkpoint of one parallel layout.", file=place, hint="Save it with --ckpt-format torch_dist.")
     if form is None:
         raise UnsupportedError(
             "is no checkpoint that glmconv reads: neither config.json and .safetensors files nor a Megatron torch_dist folder.", file=place,
             hint=f"Formats: {', '.join(FORMATS)}.",
         )  # fmt: skip
+    unfinished(form.manifest_at(place))
     opened = form.open(place, OpenOptions(mtp, None if origin is None else resolve(origin, weights=False)))
     if strict:
         refuse(place, opened.missing, opened.unexpected, opened.wrong, opened.model)

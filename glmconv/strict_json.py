@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from glmconv.errors import SourceError, printable
 
@@ -23,9 +23,8 @@ HIGH = rb"\\u[dD][89abAB][0-9a-fA-F]{2}"
 LOW = rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 PAIR = re.compile(HIGH + LOW)
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")
-LONG_STRING = re.compile(rb'"[^"]{%d}' % (STRING_LARGEST + 1))
+LONG = re.compile(rb'"[^"]{%d}' % (STRING_LARGEST + 1))
 NO_STRUCTURE = bytes(set(range(256)) - set(b'"{}[],'))
-BRACES = bytes.maketrans(b"[]", b"{}")
 
 
 def parse(
@@ -36,11 +35,16 @@ def parse(
     depth: int = DEPTH,
     values: int = VALUES,
     containers: int = CONTAINERS,
+    levels: Sequence[int] = (),
     build: Callable[[dict[str, object]], object] | None = None,
 ) -> object:
     """The value that `data` spells in strict UTF-8 JSON.
 
-    limit:      bytes; `depth`: objects and arrays inside each other; `values`: elements and members in all; `containers`: objects and arrays
+    limit:      bytes
+    depth:      objects and arrays inside each other
+    values:     elements of arrays and members of objects, in all
+    containers: objects and arrays, in all
+    levels:     where the shape is known: values at depth 1, 2, ... at most, and no deeper
     build:      called with each object, innermost first; what it returns takes the object's place
 
     Raises SourceError, with the offset where it is known, for anything else: duplicate keys, NaN, numbers of more than 20 digits or
@@ -48,7 +52,9 @@ def parse(
     """
     if len(data) > limit:
         raise SourceError(f"is {len(data):,} bytes of JSON; at most {limit:,} are read.", file=file)
-    _check_bounds(data, file, depth, values, containers)
+    plain = _plain(data, file, values)
+    _check_structure(_outside_strings(plain, 2 * containers + values), file, levels or (values,) * depth, values, containers)
+    del plain
     hook = _unique if build is None else lambda pairs: build(_unique(pairs))
     try:
         text = data.decode("utf-8")
@@ -95,26 +101,23 @@ def _constant(text: str) -> float:
     raise _Refused(f"{text} is no JSON number")
 
 
-def _check_bounds(data: bytes, file: object, depth: int, values: int, containers: int) -> None:
-    """Refuse what would be dear to parse, in linear time and without building it. What is no JSON at all is left for the parser to say."""
+def _plain(data: bytes, file: object, values: int) -> bytes:
+    """`data` with escaped backslashes and quotes replaced, at equal length: in it every quote begins or ends a string. Its strings are in bounds."""
     escaped = b"\\" in data
     if len(data) > WIDE_LIMIT and (not data.isascii() or (escaped and b"\\u" in data)):
         raise SourceError(f"is {len(data):,} bytes of JSON beyond ASCII; at most {WIDE_LIMIT:,} of that are read.", file=file)
     if data.count(b'"') > 6 * values:  # two for each key and each string, and as many escaped ones
         raise SourceError(f"holds more than {values:,} values.", file=file)
-    # Escaped backslashes and quotes go, at equal length: then every quote begins or ends a string.
     plain = data.replace(b"\\\\", b"__").replace(b'\\"', b"__") if escaped else data
-    if long := LONG_STRING.search(plain):
-        raise SourceError(f"holds a string of more than {STRING_LARGEST:,} bytes.", file=file, offset=long.start())
+    quotes = at = 0
+    for long in LONG.finditer(plain):  # behind a quote that begins a string, not behind one that ends it
+        quotes += plain.count(b'"', at, long.start())
+        at = long.start()
+        if quotes % 2 == 0:
+            raise SourceError(f"holds a string of more than {STRING_LARGEST:,} bytes.", file=file, offset=at)
     if escaped and HALF.search(plain) and (half := HALF.search(PAIR.sub(lambda pair: b"_" * len(pair[0]), plain))):
         raise SourceError("holds half a surrogate pair.", file=file, offset=half.start())
-    outside = _outside_strings(plain, 2 * containers + values)
-    opened = outside.count(b"{") + outside.count(b"[")
-    if opened > containers:
-        raise SourceError(f"holds more than {containers:,} objects and arrays.", file=file)
-    if opened + outside.count(b",") > values or len(outside) > 2 * containers + values:
-        raise SourceError(f"holds more than {values:,} values.", file=file)
-    _check_depth(outside.translate(BRACES, b","), file, depth)
+    return plain
 
 
 def _outside_strings(plain: bytes, enough: int) -> bytes:
@@ -135,15 +138,25 @@ def _outside_strings(plain: bytes, enough: int) -> bytes:
     return bytes(outside)
 
 
-def _check_depth(braces: bytes, file: object, depth: int) -> None:
-    """Each pass takes away the innermost pair of every branch, that is one level."""
-    for _ in range(depth):
-        if not braces:
-            return
-        braces = braces.replace(b"{}", b"")
-    # What is left is too deep or does not match. A few unmatched ones are left to the parser, which knows where they are.
-    if braces and (len(braces) > depth or braces.count(b"{") == braces.count(b"}")):
-        raise SourceError(f"is nested more than {depth} deep, or its brackets do not match.", file=file)
+def _check_structure(outside: bytes, file: object, levels: Sequence[int], values: int, containers: int) -> None:
+    """Refuse what would be dear to parse or would recurse, without building it. What is no JSON at all is left for the parser to say."""
+    import numpy as np
+
+    opened = outside.count(b"{") + outside.count(b"[")
+    if opened > containers:
+        raise SourceError(f"holds more than {containers:,} objects and arrays.", file=file)
+    if opened + outside.count(b",") > values or len(outside) > 2 * containers + values:
+        raise SourceError(f"holds more than {values:,} values.", file=file)
+    step = np.zeros(256, np.int8)
+    step[list(b"{[")], step[list(b"}]")] = 1, -1
+    steps = step[np.frombuffer(outside, np.uint8)]
+    level = np.cumsum(steps, dtype=np.int32)
+    if len(level) and level.max() > len(levels):
+        raise SourceError(f"is nested more than {len(levels)} deep.", file=file)
+    counts = np.bincount(level[(steps >= 0) & (level > 0)], minlength=len(levels) + 1)  # a value behind each opening and each comma
+    for number, most in enumerate(levels, 1):
+        if counts[number] > most:
+            raise SourceError(f"holds more than {most:,} values at depth {number}.", file=file)
 
 
 def mapping(value: object, what: str, file: object) -> dict[str, object]:

@@ -104,7 +104,7 @@ def _print(out: Output, src: str, targets: object, done: object, verified: dict[
             out.data(f"{outcome.target.root}: already done ({plan.to}, {human(plan.size)}); nothing was written")
             continue
         kept = f", {outcome.files_kept} of them kept from before" if outcome.files_kept else ""
-        out.data(f"{outcome.target.root}: {plan.to}, {done.tensors:,} tensors, {len(plan.files)} files{kept}, {human(plan.size)}")
+        out.data(f"{outcome.target.root}: {plan.to}, {done.tensors:,} tensors, {len(plan.files) + len(plan.marks)} files{kept}, {human(plan.size)}")
     if done.dropped:
         out.data(f"{done.dropped:,} MTP tensors left out (--mtp drop)")
     if verified.get("tensors"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from glmconv.dtypes import BY_NAME, DType
@@ -64,8 +64,11 @@ class DcpMetadata:
 Spot = tuple[str, tuple[int, ...] | None]
 
 
-def read_metadata(data: bytes, file: object) -> DcpMetadata:
-    """Read a `.metadata`. SourceError unless every chunk has its storage record and the reverse, and every tensor is tiled exactly once."""
+def read_metadata(data: bytes, file: object, skip: Callable[[str], bool] = lambda key: False) -> DcpMetadata:
+    """Read a `.metadata`. SourceError unless every chunk has its storage record and the reverse, and every tensor is tiled exactly once.
+
+    Keys that `skip` names (a trainer's own state, which may be cut in ways that tile nothing) are left out, unchecked.
+    """
     root = read_pickle(data, file=file)
     if not isinstance(root, Object) or not isinstance(root.cls, Global) or not root.cls.name.endswith("Metadata"):
         raise SourceError("is not a checkpoint's metadata.", file=file)
@@ -79,6 +82,8 @@ def read_metadata(data: bytes, file: object) -> DcpMetadata:
     for key, entry in described.items():
         if not isinstance(key, str) or not 1 <= len(key) <= 1024:
             raise SourceError("has a key that is no string.", file=file)
+        if skip(key):
+            continue
         if isinstance(entry, Object) and entry.named(f"{MODULE}.BytesStorageMetadata"):
             objects[key] = StoredObject(*_take(spots, (key, None), file))
         else:
@@ -86,6 +91,7 @@ def read_metadata(data: bytes, file: object) -> DcpMetadata:
             total += len(tensors[key].chunks)
         if total > CHUNKS:
             raise SourceError(f"has more than {CHUNKS:,} chunks.", file=file)
+    spots = {spot: place for spot, place in spots.items() if not skip(spot[0])}
     if spots:
         raise SourceError("is stored, but no tensor has such a chunk.", file=file, tensor=next(iter(spots))[0])
     _check_bytes(tensors, objects, file)

@@ -21,7 +21,7 @@ from glmconv.formats.widen import Widened
 
 SHARD_SIZE = 5_000_000_000
 CONFIG_LARGEST = 4 << 20
-IGNORED_FIELDS = ("auto_map", "attn_implementation", "_attn_implementation", "quantization_config")
+IGNORED_FIELDS = ("auto_map", "attn_implementation", "_attn_implementation")
 PICKLES = (".bin", ".pt", ".pth")
 
 
@@ -108,6 +108,7 @@ def open_folder(path: Path, options: OpenOptions) -> Opened:
     folder = InputFolder(path)
     names = folder.names()
     config, config_bytes = read_config(folder)
+    refuse_quantized(config, path / CONFIG)
     shards = read_shards(folder, names)
     aliases = has_aliases(config, shards.home, path / CONFIG)
     wanted = expected(config, aliases=aliases, mtp=options.mtp, file=path / CONFIG)
@@ -140,6 +141,16 @@ def open_folder(path: Path, options: OpenOptions) -> Opened:
         dropped=tuple(n for n in wanted.dropped if n in stored), side_files=side.files, layout=shards.layout,
         notes=(*side.notes, *_ignored(config)), stored_bytes=sum(t.size for t in stored.values()),
     )  # fmt: skip
+
+
+def refuse_quantized(config: Mapping[str, object], file: Path) -> None:
+    """UnsupportedError for a checkpoint whose config says that it is quantized."""
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise UnsupportedError(
+            f"says that the weights are quantized ({method}); such sources are not read yet.", file=file, hint="Use the bf16 release."
+        )
 
 
 def _ignored(config: Mapping[str, object]) -> tuple[str, ...]:

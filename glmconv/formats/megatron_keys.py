@@ -92,9 +92,14 @@ def stacked_spelling(key: str) -> tuple[str, int] | None:
     return (match["prefix"] + match["rest"], int(match["layer"])) if match else None
 
 
+def is_optimizers(key: str) -> bool:
+    """Whether a key is a trainer's own state other than the objects that modules keep beside their weights."""
+    return bool(TRAINER_KEYS.search(key))
+
+
 def is_trainers(key: str) -> bool:
     """Whether a key is a trainer's own state: optimizer, schedule, random numbers. Skipped by name, never read."""
-    return bool(TRAINER_KEYS.search(key)) or "_extra_state" in key
+    return is_optimizers(key) or "_extra_state" in key
 
 
 def extra_states(tensors: Mapping[str, MegatronTensor]) -> Iterator[tuple[str, str]]:

@@ -19,11 +19,12 @@ BLOCK = 4 << 20
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 OURS = ("glmconv_manifest.json", "glmconv_layout.json")
+MEGATRONS = ("metadata.json", "latest_checkpointed_iteration.txt", "progress.txt")
 
 
 def travels(name: str) -> bool:
     """Whether a file beside the weights is one that a release is not complete without."""
-    if name in OURS or name == CONFIG or name.endswith(".index.json") or name.startswith("."):
+    if name in (*OURS, *MEGATRONS, CONFIG) or name.endswith(".index.json") or name.startswith("."):
         return False
     return name.endswith(SUFFIXES) or name in NAMES
 

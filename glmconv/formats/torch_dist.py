@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from glmconv import strict_json
 from glmconv.archs import Model
 from glmconv.dtypes import DType
 from glmconv.engine.inputs import InputFile, InputFolder
@@ -20,10 +21,10 @@ from glmconv.formats.dcp import DcpMetadata, StoredTensor, read_metadata
 from glmconv.formats.dcp_rows import Boxes, ChunkedRows, Stretch
 from glmconv.formats.format import FileLayout, Format, Opened, OpenOptions, RowReader
 from glmconv.formats.megatron_args import to_config
-from glmconv.formats.megatron_keys import MegatronTensor, is_trainers, megatron_tensors, spellings, stacked_spelling
+from glmconv.formats.megatron_keys import MegatronTensor, is_optimizers, is_trainers, megatron_tensors, spellings, stacked_spelling
 from glmconv.formats.origin import Origin, find_origin
 from glmconv.formats.run_config import read_run_config
-from glmconv.formats.torch_dist_layout import COMMON, METADATA, TRACKER
+from glmconv.formats.torch_dist_layout import BACKEND, COMMON, METADATA, TRACKER
 from glmconv.formats.widen import Widened
 
 METADATA_LARGEST = 256 << 20
@@ -84,7 +85,8 @@ def open_folder(path: Path, options: OpenOptions) -> Opened:
     if metadata_file.size > METADATA_LARGEST:
         raise SourceError(f"is {metadata_file.size:,} bytes; at most {METADATA_LARGEST:,} are read.", file=place.iteration / METADATA)
     raw = metadata_file.read(0, metadata_file.size)
-    metadata = read_metadata(raw, place.iteration / METADATA)
+    check_backend(folder)
+    metadata = read_metadata(raw, place.iteration / METADATA, is_optimizers)
     origin = find_origin(place.root, place.iteration, options.origin)
     config, config_bytes, notes = config_of(folder, origin, metadata)
     aliases = bool(origin.layout) and _layout_has_aliases(origin.layout, config, place.iteration)
@@ -95,7 +97,7 @@ def open_folder(path: Path, options: OpenOptions) -> Opened:
     matched = Matched(wanted.model, keys, files)
     tensors, wrong = matched.readers(config)
     whole = expected(config, aliases=aliases, mtp=True, file="config.json").model
-    dropped_keys = matched.keys_of(whole) - matched.used if not options.mtp else set()
+    dropped_keys = matched.keys_of(whole) - matched.used if wanted.dropped else set()
     fingerprint = {
         "format": "torch_dist",
         "files": {METADATA: [len(raw), sha256(raw)]} | {name: [file.size, ""] for name, (file, _) in files.items()} | dict(origin.digests),
@@ -103,9 +105,19 @@ def open_folder(path: Path, options: OpenOptions) -> Opened:
     return Opened(
         format="torch_dist", path=path, config=config, config_bytes=config_bytes, model=wanted.model, tensors=tensors,
         folders=(folder, *origin.folders), fingerprint=fingerprint, missing=tuple(matched.missing), wrong=tuple(wrong),
-        unexpected=tuple(sorted(set(keys) - matched.used - dropped_keys)), dropped=tuple(sorted(dropped_keys)), side_files=origin.side_files,
+        unexpected=tuple(sorted(set(keys) - matched.used - dropped_keys)), dropped=wanted.dropped if dropped_keys else (), side_files=origin.side_files,
         layout=origin.layout, notes=(*origin.notes, *notes), stored_bytes=sum(_bytes(stored) for stored in keys.values()),
     )  # fmt: skip
+
+
+def check_backend(folder: InputFolder) -> None:
+    """UnsupportedError if metadata.json names another backend than torch_dist (zarr, fsdp_dtensor)."""
+    if folder.exists(BACKEND):
+        file = folder.open(BACKEND)
+        value = strict_json.parse(file.read(0, min(file.size, 1 << 16)), file=folder.root / BACKEND, limit=1 << 16)
+        backend = value.get("sharded_backend") if isinstance(value, dict) else None
+        if backend != "torch_dist":
+            raise UnsupportedError(f"says that the backend is {backend!r}; only torch_dist is read.", file=folder.root / BACKEND)
 
 
 def _bytes(stored: StoredTensor) -> int:
