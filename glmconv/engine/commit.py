@@ -55,12 +55,14 @@ class Destination:
             self._place(staged, layout.claim)
             self.drop(staged)
         self.fence()
-        subfolders = {layout.final(name).parent for name in [f.name for f in self.plan.files] + [m.name for m in self.plan.marks]}
-        for folder in sorted(subfolders - {layout.root}):
-            self._make_folder(folder)
         self.disk.sync_folder(layout.state)
         self.disk.sync_folder(layout.root)
         self._sync_parents()
+        subfolders = {layout.final(name).parent for name in [f.name for f in self.plan.files] + [m.name for m in self.plan.marks]} - {layout.root}
+        for folder in sorted(subfolders):  # only once the claim is durable: without it they would be someone else's
+            self._make_folder(folder)
+        if subfolders:
+            self.disk.sync_folder(layout.root)
 
     def fence(self) -> None:
         """Refuse to go on if OUT is no longer this plan's: a run that was stopped and woken must not disturb a newer output."""
