@@ -70,13 +70,14 @@ def piece(name: str, *runs: Run, framed: bool = False, equals: tuple[str, ...] =
 def made_plan(label: str = "made", rows: int = 64, files: int = 3) -> Plan:
     """Up to four files (one of them in a folder, one of literals only) and three marks, some 15 kB; `label` changes its id and its bytes."""
     half = rows // 2
+    upper, lower = Run("b", half, rows - half), Run("b", 0, half)
+    notes = Piece("note", "uint8", (5,), 5, literal=b"notes")
+    words = Piece("words", "uint8", (len(label),), len(label), literal=label.encode())
     everything = (
-        OutputFile(
-            "shard-00001", f"header of {label}".encode(), (piece("a", Run("a", 0, rows), equals=("tied",)), piece("b.upper", Run("b", half, rows - half)))
-        ),
-        OutputFile("shard-00002", b"", (piece("c", Run("c", 0, half), Run("b", 0, half), framed=True), Piece("note", "uint8", (5,), 5, literal=b"notes"))),
+        OutputFile("shard-00001", f"header of {label}".encode(), (piece("a", Run("a", 0, rows), equals=("tied",)), piece("b.upper", upper))),
+        OutputFile("shard-00002", b"", (piece("c", Run("c", 0, half), lower, framed=True), notes)),
         OutputFile("folder/part", b"h" * 700, (piece("d", Run("d", 0, rows)), piece("e", Run("e", 1, rows - 1)))),
-        OutputFile("words", b"", (Piece("words", "uint8", (len(label),), len(label), literal=label.encode()),)),
+        OutputFile("words", b"", (words,)),
     )
     chosen = everything[:files]
     marks = (SmallFile("index.json", b'{"index":1}'), SmallFile("config.json", b'{"of":"' + label.encode() + b'"}'), SmallFile("latest", b"release"))

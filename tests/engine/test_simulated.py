@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glmconv.engine.files import Disk
-from tests.engine.simulated import OUTCOMES, Fault, PowerLoss, SimulatedDisk
+from tests.engine.aftermath import OUTCOMES
+from tests.engine.simulated import Fault, PowerLoss, SimulatedDisk
 
 OUT = Path("/sim/out")
 NAMES = ("x", "y", "folder", "folder/x", "folder/y", "gone/x")
@@ -100,7 +101,7 @@ def test_a_sync_after_a_failed_one_says_yes_and_keeps_nothing() -> None:
     disk.faults = (Fault(frozenset({"sync"})),)
     fd = disk.create(Path("/sim/file"))
     disk.write(fd, b"data", 0)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="sync"):
         disk.sync(fd)
     disk.sync(fd)
     disk.sync_folder(Path("/sim"))
