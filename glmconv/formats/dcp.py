@@ -148,7 +148,8 @@ def _tensor(key: str, entry: object, spots: dict[Spot, tuple[str, int, int]], fi
     named = state[0] if isinstance(state, tuple) and state else (state.get("dtype") if isinstance(state, dict) else None)
     dtype = BY_NAME.get(named.name) if isinstance(named, Global) and named.module == "torch" else None
     if dtype is None:
-        raise SourceError(f"has the dtype {named}, which is not known.", file=file, tensor=key)
+        shown = named.name if isinstance(named, Global) else "of no name"
+        raise SourceError(f"has the dtype {shown}, which is not known.", file=file, tensor=key)
     shape = _size(entry.field("size"), file, key)
     if not isinstance(described, list):
         raise SourceError("has no list of chunks.", file=file, tensor=key)
@@ -217,36 +218,78 @@ def _check_bytes(tensors: Mapping[str, StoredTensor], objects: Mapping[str, Stor
 
 def write_metadata(tensors: Mapping[str, StoredTensor], objects: Mapping[str, StoredObject]) -> bytes:
     """The `.metadata` of a checkpoint, as torch's FileSystemReader reads it. Deterministic: no save id."""
-    names = {
-        name: Global(MODULE, name) for name in ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata", "MetadataIndex")
-    }
-    size = Global("torch", "Size")
-    described: dict[str, object] = {}
-    stored: dict[object, object] = {}
-
-    def info(path: str, offset: int, length: int) -> Object:
-        return Object(STORAGE_INFO, (), {"relative_path": path, "offset": offset, "length": length})
-
+    out = MetadataEmitter()
+    out.parts.append(out.new("Metadata") + b"}(" + out.word("state_dict_metadata") + b"}(")
     for key, tensor in tensors.items():
-        chunks = [
-            Object(names["ChunkStorageMetadata"], (), {"offsets": Object(size, (c.offsets,)), "sizes": Object(size, (c.sizes,))})
-            for c in tensor.chunks
-        ]
-        described[key] = Object(
-            names["TensorStorageMetadata"], (), {"properties": _properties(tensor.dtype), "size": Object(size, (tensor.shape,)), "chunks": chunks}
-        )
+        out.parts.append(out.key(key) + out.new("TensorStorageMetadata") + b"}(" + out.word("properties") + out.properties(tensor.dtype))
+        out.parts.append(out.word("size") + out.size(tensor.shape) + out.word("chunks") + b"](")
         for c in tensor.chunks:
-            index = Object(names["MetadataIndex"], (), {"fqn": key, "offset": Object(size, (c.offsets,)), "index": None})
-            stored[index] = info(c.relative_path, c.offset, c.length)
+            box = out.word("offsets") + out.size(c.offsets) + out.word("sizes") + out.size(c.sizes)
+            out.parts.append(out.new("ChunkStorageMetadata") + b"}(" + box + b"ub")
+        out.parts.append(b"eub")
+    for key in objects:
+        out.parts.append(out.key(key) + out.new("BytesStorageMetadata"))
+    out.parts.append(b"u" + out.word("planner_data") + b"N" + out.word("storage_data") + b"}(")
+    for key, tensor in tensors.items():
+        for c in tensor.chunks:
+            out.parts.append(out.index(key, out.size(c.offsets)) + out.info(c.relative_path, c.offset, c.length))
     for key, item in objects.items():
-        described[key] = Object(names["BytesStorageMetadata"], ())
-        stored[Object(names["MetadataIndex"], (), {"fqn": key, "offset": None, "index": None})] = info(item.relative_path, item.offset, item.length)
-    state = {"state_dict_metadata": described, "planner_data": None, "storage_data": stored, "storage_meta": None, "version": "1.0.0"}
-    return write_pickle(Object(names["Metadata"], (), state))
+        out.parts.append(out.index(key, b"N") + out.info(item.relative_path, item.offset, item.length))
+    out.parts.append(b"u" + out.word("storage_meta") + b"N" + out.word("version") + out.key("1.0.0") + b"ub.")
+    return b"".join(out.parts)
 
 
-def _properties(dtype: DType) -> Object:
-    """TensorProperties of a plain CPU tensor: dtype, strided, no gradient, contiguous, not pinned."""
-    layout = Object(Global("torch.serialization", "_get_layout"), ("torch.strided",))
-    memory_format = Object(Global(MODULE, "_MEM_FORMAT_ENCODING"), (0,))
-    return Object(Global(MODULE, "TensorProperties"), (), (dtype, layout, False, memory_format, False))
+class MetadataEmitter:
+    """A pickle of some 10 MB for a large model, written piece by piece: names and classes are put into the memo first, then fetched."""
+
+    CLASSES = ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata", "MetadataIndex", "TensorProperties")
+    WORDS = (
+        "state_dict_metadata", "planner_data", "storage_data", "storage_meta", "version", "properties", "size", "chunks", "offsets", "sizes", "fqn",
+        "offset", "index", "relative_path", "length",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.parts = [b"\x80\x02"]
+        self.slots: dict[object, bytes] = {}
+        self.sizes: dict[tuple[int, ...], bytes] = {}
+        for value in (*(Global(MODULE, name) for name in self.CLASSES), Global("torch", "Size"), STORAGE_INFO, *self.WORDS):
+            self.parts.append(self.put(value) + b"0")
+
+    def put(self, value: object) -> bytes:
+        """The value, remembered in the next memo slot."""
+        slot = len(self.slots)
+        self.slots[value] = b"h" + bytes([slot]) if slot < 256 else b"j" + slot.to_bytes(4, "little")
+        plain = write_pickle(value)[2:-1]  # without protocol and end; its own memo opcode (q and slot 0) is cut off too
+        return plain[:-2] + b"r" + slot.to_bytes(4, "little")
+
+    def word(self, text: str) -> bytes:
+        return self.slots[text]
+
+    def key(self, text: str) -> bytes:
+        return self.slots[text] if text in self.slots else self.put(text)
+
+    def new(self, name: str) -> bytes:
+        return self.slots[Global(MODULE, name)] + b")\x81"
+
+    def size(self, numbers: tuple[int, ...]) -> bytes:
+        """torch.Size((...))."""
+        if numbers not in self.sizes:
+            self.sizes[numbers] = self.slots[Global("torch", "Size")] + write_pickle((numbers,))[2:-1] + b"R"
+        return self.sizes[numbers]
+
+    def number(self, value: int) -> bytes:
+        return write_pickle(value)[2:-1]
+
+    def properties(self, dtype: DType) -> bytes:
+        """TensorProperties of a plain CPU tensor: dtype, strided, no gradient, contiguous, not pinned."""
+        layout = b"ctorch.serialization\n_get_layout\n" + write_pickle(("torch.strided",))[2:-1].replace(b"q\x00", b"") + b"R"
+        memory_format = f"c{MODULE}\n_MEM_FORMAT_ENCODING\n".encode() + b"K\x00\x85R"
+        return self.new("TensorProperties") + f"(ctorch\n{dtype.name}\n".encode() + layout + b"\x89" + memory_format + b"\x89tb"
+
+    def index(self, key: str, offset: bytes) -> bytes:
+        fields = self.word("fqn") + self.key(key) + self.word("offset") + offset + self.word("index") + b"N"
+        return self.new("MetadataIndex") + b"}(" + fields + b"ub"
+
+    def info(self, path: str, offset: int, length: int) -> bytes:
+        place = self.word("relative_path") + self.key(path) + self.word("offset") + self.number(offset) + self.word("length") + self.number(length)
+        return self.slots[STORAGE_INFO] + b")\x81}(" + place + b"ub"

@@ -8,7 +8,7 @@ Source: Python's pickletools for the opcodes of protocols 2 to 5.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from glmconv.errors import SourceError
@@ -61,6 +61,7 @@ class Mark:
 
 
 MARK = Mark()
+NESTING = {list, tuple, dict, Object, PersistentId}
 
 
 class Machine:
@@ -75,6 +76,52 @@ class Machine:
 
     def fail(self, what: str) -> SourceError:
         return SourceError(f"is no pickle that a checkpoint needs: {what}.", file=self.file, offset=self.at)
+
+    def run(self) -> object:
+        """Step through the opcodes. The dozen that make up nearly all of a large .metadata stand here in line; the others are in STEPS."""
+        data, stack, memo, end = self.data, self.stack, self.memo, len(self.data)
+        budget = OPCODES
+        at = 0
+        while at < end:
+            code = data[at]
+            at += 1
+            budget -= 1
+            if code == 0x94:
+                memo[len(memo)] = stack[-1] if stack else self.top()
+            elif code == 0x68 and at < end:
+                stack.append(memo[data[at]] if data[at] in memo else self.unset(at))
+                at += 1
+            elif code == 0x6A and at + 4 <= end:
+                slot = int.from_bytes(data[at : at + 4], "little")
+                stack.append(memo[slot] if slot in memo else self.unset(at))
+                at += 4
+            elif code == 0x4B and at < end:
+                stack.append(data[at])
+                at += 1
+            elif code == 0x4D and at + 2 <= end:
+                stack.append(data[at] | data[at + 1] << 8)
+                at += 2
+            elif code == 0x28:
+                stack.append(MARK)
+            elif code == 0x2E:
+                self.at = at
+                value = self.pop()
+                if stack:
+                    raise self.fail("more than one value is on the stack")
+                return value
+            else:
+                self.at = at
+                step = STEPS.get(code)
+                if step is None or budget < 0:
+                    raise self.fail(f"opcode {code:#04x} is not used by checkpoints" if step is None else f"it has more than {OPCODES:,} opcodes")
+                step(self)
+                at = self.at
+        self.at = at
+        raise self.fail("it has no end")
+
+    def unset(self, at: int) -> object:
+        self.at = at
+        raise self.fail("an unset memo slot is read")
 
     def take(self, size: int) -> bytes:
         if size < 0 or size > len(self.data) - self.at:
@@ -123,21 +170,24 @@ class Machine:
                 return items
         raise self.fail("no mark is on the stack")
 
-    def depth(self, value: object) -> int:
-        return self.depths.get(id(value), 0) if isinstance(value, (list, tuple, dict, Object, PersistentId)) else 0
-
-    def made(self, value: object, *inside: object) -> object:
-        """Note how deep a new container is nested; everything is kept alive so that ids stay its own."""
-        self.contain(value, *inside)
-        self.kept.append(value)
+    def made(self, value: object, inside: Iterable[object] = ()) -> object:
+        """Note how deep a new container is nested. Plain contents need no note, and a noted container is kept alive so that its id stays its own."""
+        self.contain(value, inside)
         return value
 
-    def contain(self, value: object, *inside: object) -> None:
-        deepest = max((self.depth(item) for item in inside), default=0) + 1
-        if deepest > DEEPEST:
-            raise self.fail(f"values are nested more than {DEEPEST} deep")
-        if deepest > self.depths.get(id(value), 0):
-            self.depths[id(value)] = deepest
+    def contain(self, value: object, inside: Iterable[object]) -> None:
+        depths, deepest = self.depths, 0
+        for item in inside:
+            if type(item) in NESTING:
+                found = depths.get(id(item), 1)
+                if found > deepest:
+                    deepest = found
+        if deepest:
+            if deepest >= DEEPEST:
+                raise self.fail(f"values are nested more than {DEEPEST} deep")
+            if deepest + 1 > depths.get(id(value), 1):
+                depths[id(value)] = deepest + 1
+                self.kept.append(value)
 
     def extend(self, target: object, items: list[object]) -> None:
         if isinstance(target, Object):
@@ -147,7 +197,7 @@ class Machine:
             target.extend(items)
         else:
             raise self.fail("items are appended to no list")
-        self.contain(target, *items)
+        self.contain(target, items)
 
     def set_items(self, target: object, items: list[object]) -> None:
         if len(items) % 2:
@@ -161,7 +211,7 @@ class Machine:
             raise self.fail("items are set on no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
             into[self.key(key)] = value
-        self.contain(target, *items)
+        self.contain(target, items)
 
     def key(self, key: object) -> object:
         """A string, an integer, or a record standing for itself: hashing a tuple of tuples can take for ever."""
@@ -188,12 +238,12 @@ class Machine:
             raise self.fail("something that is no name is called")
         if str(cls) in CONTAINERS and not args:
             return self.made({} if "dict" in cls.name.lower() else [])
-        return self.made(Object(cls, args), args)
+        return self.made(Object(cls, args), (args,))
 
     def build(self, target: object, state: object) -> None:
         if isinstance(target, Object) and target.state is None:
             target.state = state
-            self.contain(target, state)
+            self.contain(target, (state,))
         elif not isinstance(target, (dict, list)):
             raise self.fail("a state is set on something that has none")
 
@@ -227,19 +277,19 @@ def _long(m: Machine) -> None:
 def _tuple(count: int) -> Step:
     def step(m: Machine) -> None:
         items = [m.pop() for _ in range(count)][::-1]
-        m.push(m.made(tuple(items), *items))
+        m.push(m.made(tuple(items), items))
 
     return step
 
 
 def _tuple_mark(m: Machine) -> None:
     items = m.to_mark()
-    m.push(m.made(tuple(items), *items))
+    m.push(m.made(tuple(items), items))
 
 
 def _list_mark(m: Machine) -> None:
     items = m.to_mark()
-    m.push(m.made(items, *items))
+    m.push(m.made(items, items))
 
 
 def _dict_mark(m: Machine) -> None:
@@ -305,7 +355,7 @@ def _build(m: Machine) -> None:
 
 def _persistent(m: Machine) -> None:
     value = m.pop()
-    m.push(m.made(PersistentId(value), value))
+    m.push(m.made(PersistentId(value), (value,)))
 
 
 def _pop(m: Machine) -> None:
@@ -321,7 +371,7 @@ def _protocol(m: Machine) -> None:
 
 def _frozen_set(m: Machine) -> None:
     items = m.to_mark()
-    m.push(m.made(items, *items))
+    m.push(m.made(items, items))
 
 
 def _frame(m: Machine) -> None:
@@ -351,13 +401,6 @@ def read_pickle(data: bytes, *, file: object, limit: int = LARGEST) -> object:
     """The plain data that a pickle describes; SourceError for any opcode, length, depth or key that a checkpoint has no use for."""
     if len(data) > limit:
         raise SourceError(f"is a pickle of {len(data):,} bytes; at most {limit:,} are read.", file=file)
-    machine = Machine(data, file)
-    for _ in range(OPCODES):
-        code = machine.take(1)[0]
-        if code == ord("."):
-            return machine.pop()
-        step = STEPS.get(code)
-        if step is None:
-            raise machine.fail(f"opcode {code:#04x} is not used by checkpoints")
-        step(machine)
-    raise machine.fail(f"it has more than {OPCODES:,} opcodes")
+    if not data:
+        raise SourceError("is an empty pickle.", file=file)
+    return Machine(data, file).run()

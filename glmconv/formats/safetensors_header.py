@@ -121,9 +121,9 @@ def _tensor(name: str, entry: object, start: int, path: Path) -> StoredTensor:
         raise SourceError(f"has a shape that is not {RANK} whole numbers at most.", file=path, tensor=name)
     if not _whole_numbers(offsets) or len(offsets) != 2:
         raise SourceError("has data_offsets that are not two whole numbers.", file=path, tensor=name)
-    if math.prod(n for n in shape if n) * dtype.itemsize > TENSOR_LARGEST:
-        raise SourceError(f"is {list(shape)}, which is too large.", file=path, tensor=name)
     size = math.prod(shape) * dtype.itemsize
+    if (size or math.prod(filter(None, shape)) * dtype.itemsize) > TENSOR_LARGEST:
+        raise SourceError(f"is {list(shape)}, which is too large.", file=path, tensor=name)
     begin, end = offsets
     if end - begin != size:
         raise SourceError(f"is {list(shape)} of {dtype}, {size:,} bytes, but lies from {begin:,} to {end:,}.", file=path, tensor=name)
@@ -135,7 +135,12 @@ def tensor_name(name: str) -> bool:
 
 
 def _whole_numbers(values: object) -> TypeGuard[tuple[int, ...]]:
-    return isinstance(values, tuple) and all(type(n) is int and n >= 0 for n in values)
+    if isinstance(values, tuple):
+        for n in values:
+            if type(n) is not int or n < 0:  # true is an int too
+                return False
+        return True
+    return False
 
 
 def _check_tiling(tensors: Sequence[tuple[str, StoredTensor]], start: int, size: int, path: Path) -> None:

@@ -199,7 +199,7 @@ def read_tensor_blob(read_at: ReadAt, size: int, *, file: object) -> TensorBlob:
     kind, cls, key, _, count = storage.value
     dtype = BY_STORAGE.get(cls.name) if isinstance(cls, Global) and cls.module == "torch" else None
     if kind != "storage" or dtype is None or not isinstance(key, str) or not isinstance(count, int):
-        raise SourceError(f"holds a tensor of an unknown kind ({cls}).", file=file)
+        raise SourceError("holds a tensor of an unknown kind.", file=file)
     entry = entries.get(f"{prefix}/data/{key}")
     if entry is None or entry.size != count * dtype.itemsize:
         raise SourceError("holds a tensor whose storage is missing or of another size.", file=file)
