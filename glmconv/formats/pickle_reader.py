@@ -7,6 +7,7 @@ Source: Python's pickletools for the opcodes of protocols 2 to 5.
 
 from __future__ import annotations
 
+import gc
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -403,4 +404,10 @@ def read_pickle(data: bytes, *, file: object, limit: int = LARGEST) -> object:
         raise SourceError(f"is a pickle of {len(data):,} bytes; at most {limit:,} are read.", file=file)
     if not data:
         raise SourceError("is an empty pickle.", file=file)
-    return Machine(data, file).run()
+    collecting = gc.isenabled()
+    gc.disable()  # a million small containers, none of them garbage yet: the collector would walk them all again and again
+    try:
+        return Machine(data, file).run()
+    finally:
+        if collecting:
+            gc.enable()

@@ -224,7 +224,7 @@ def _contiguous(shape: tuple[int, ...], strides: object) -> bool:
     if not isinstance(strides, tuple) or len(strides) != len(shape):
         return False
     for n, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if n > 1 and stride != step:
+        if n > 1 and stride != step and product(shape):
             return False
         step *= n
     return True
