@@ -1,25 +1,36 @@
-"""Thin run (to be replaced)."""
+"""Carries plans out: claims each destination, shares the jobs out, finishes when every file is durable. Any rank may die at any moment."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import secrets
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from glmconv.engine.commit import Destination
+from glmconv.engine.commit import FULL, Destination
 from glmconv.engine.files import Disk
 from glmconv.engine.jobs import Buffer, Job
-from glmconv.engine.journal import load_record
+from glmconv.engine.journal import MANIFEST, Record, claimed_by, load_record
 from glmconv.engine.manifest import manifest_of
-from glmconv.engine.plan import RowSource, by_source
-from glmconv.engine.preflight import Target, is_finished
-from glmconv.engine.queue import JobQueue, LocalQueue
+from glmconv.engine.plan import OutputFile, RowSource, sha256
+from glmconv.engine.preflight import State, Target, is_finished, preflight, state_of
+from glmconv.engine.queue import JobQueue, StoreQueue, open_queue
+from glmconv.errors import DestinationError, Interrupted, OutputError, SourceError
+
+STALL_SECONDS = 60.0
+POLL_SECONDS = 0.2
+SAMPLED = 16  # with a sampled resume check one file in so many is read again; of the others the size is compared
+REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
 @dataclass(frozen=True)
 class Outcome:
+    """What this process did for one target; other ranks may have written the rest."""
+
     target: Target
     files_written: int
     files_kept: int
@@ -29,26 +40,295 @@ class Outcome:
     moved_aside: Path | None = None
 
 
-def run(targets: Sequence[Target], source: RowSource, *, workers: int = 2, chunk_size: int = 4 << 20, disk: Disk | None = None,
-        queue: JobQueue | None = None, resume: bool = True, resume_check: str = "full", overwrite: bool = False, stop: threading.Event | None = None,
-        progress: Callable[[int], None] | None = None, source_root: Path | None = None, log: Callable[[str], None] | None = None) -> list[Outcome]:
+@dataclass
+class Place:
+    """A target while it is worked on."""
+
+    target: Target
+    to: Destination
+    done: bool
+    moved_aside: Path | None = None
+    written: list[OutputFile] = field(default_factory=list)
+    kept: int = 0
+
+    @property
+    def outcome(self) -> Outcome:
+        size = sum(file.size for file in self.written)
+        root = self.target.root
+        return Outcome(self.target, len(self.written), self.kept, size, self.done, root / MANIFEST, self.moved_aside)
+
+
+def run(
+    targets: Sequence[Target],
+    source: RowSource,
+    *,
+    workers: int = 2,
+    chunk_size: int = 4 << 20,
+    disk: Disk | None = None,
+    queue: JobQueue | None = None,
+    resume: bool = True,
+    resume_check: str = "full",
+    overwrite: bool = False,
+    stop: threading.Event | None = None,
+    progress: Callable[[int], None] | None = None,
+    source_root: Path | None = None,
+    log: Callable[[str], None] | None = None,
+    stall: float = STALL_SECONDS,
+) -> list[Outcome]:
+    """Write every target, or what is still missing of it. Returns only when each manifest is durable.
+
+    Under torchrun or SLURM the ranks share one queue. `stop`, once set, ends the run within one chunk (Interrupted); what is finished is kept.
+    Raises DestinationError, CapacityError (before anything is written), SourceError, OutputError.
+    """
     disk = disk or Disk()
-    outcomes = []
-    for target in targets:
-        if is_finished(target, disk):
-            outcomes.append(Outcome(target, 0, len(target.plan.files), 0, True, target.root / "glmconv_manifest.json"))
-            continue
-        to = Destination(disk, target.root, target.plan, secrets.token_hex(8), lambda s: None)
-        to.claim()
-        buffer = Buffer(chunk_size)
-        for n in by_source(target.plan.files, source):
-            job = Job(n, to, target.plan.files[n])
-            if not job.is_done(buffer, lambda: None):
-                job.write(source, buffer, progress or (lambda n: None), lambda: None)
-        for mark in target.plan.marks:
-            to.put(mark.name, mark.content, ours=lambda: True)
-        records = [load_record(disk, to.layout, f) for f in target.plan.files]
-        to.put("glmconv_manifest.json", manifest_of(target.plan, records), ours=lambda: True)
-        to.sweep()
-        outcomes.append(Outcome(target, len(target.plan.files), 0, target.plan.size, False, target.root / "glmconv_manifest.json"))
-    return outcomes
+    preflight(targets, source_root=source_root, disk=disk, resume=resume, overwrite=overwrite)
+    run_id = secrets.token_hex(8)
+    places = [Place(t, Destination(disk, t.root, t.plan, run_id, log or _silent), is_finished(t, disk)) for t in targets]
+    for place in places:
+        if place.done:
+            make_durable(disk, place.target.root)
+    if all(place.done for place in places):
+        return [place.outcome for place in places]
+    ids = [target.plan.id for target in targets]
+    jobs, owners = ordered_jobs(places, source)
+    if queue is None:
+        queue = open_queue(ids, len(jobs), name="\n".join(str(target.root) for target in targets))
+    crew = Crew(places, jobs, owners, source, queue, workers, chunk_size, resume_check == "full", stop, progress or _silent_count, stall)
+    try:
+        with crew.explained():
+            crew.claim(resume=resume, overwrite=overwrite)
+            crew.work()
+            crew.settle()
+            crew.finish()
+    except Exception:
+        crew.sweep()
+        raise
+    crew.sweep()
+    return [place.outcome for place in places]
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+def _silent_count(count: int) -> None:
+    pass
+
+
+def ordered_jobs(places: Sequence[Place], source: RowSource) -> tuple[list[Job], list[Place]]:
+    """The jobs of all targets in the order in which their input lies, so that targets share what the page cache holds; and whose each is."""
+    found = []
+    for number, place in enumerate(places):
+        for n, file in enumerate(place.target.plan.files):
+            first = next((run for piece in file.pieces for run in piece.runs), None)
+            found.append((source.place(first.tensor) if first else (-1, 0), number, n, file))
+    found.sort(key=lambda entry: entry[:3])
+    jobs = [Job(at, places[number].to, file) for at, (_, number, _, file) in enumerate(found)]
+    return jobs, [places[number] for _, number, _, _ in found]
+
+
+@dataclass
+class Crew:
+    """The workers of one process and what they share."""
+
+    places: Sequence[Place]
+    jobs: Sequence[Job]
+    owners: Sequence[Place]
+    source: RowSource
+    queue: JobQueue
+    workers: int
+    chunk_size: int
+    full_check: bool
+    stop: threading.Event | None
+    progress: Callable[[int], None]
+    stall: float
+    failed: list[BaseException] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def store(self) -> StoreQueue | None:
+        return self.queue if isinstance(self.queue, StoreQueue) else None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank is the first to finish; alone, it always is."""
+        return self.store is None or self.store.rank == 0
+
+    def check(self) -> None:
+        """Raise if the run is to end: by a signal, or because another worker failed."""
+        if self.stop is not None and self.stop.is_set():
+            raise Interrupted(int(getattr(self.stop, "signum", 2)))
+        if self.failed:
+            raise Interrupted(2)
+
+    def claim(self, *, resume: bool, overwrite: bool) -> None:
+        """Move aside what `overwrite` allows, then claim each destination."""
+        for place in self.places:
+            if place.done:
+                continue
+            disk, target = place.to.disk, place.target
+            if overwrite and state_of(target, disk, resume=resume, overwrite=True) is State.FOREIGN:
+                if self.leads:
+                    place.moved_aside = move_aside(disk, target.root)
+                else:
+                    self.wait(lambda disk=disk, target=target: _claimed(disk, target))  # type: ignore[misc]
+            place.to.claim()
+
+    def wait(self, ready: Callable[[], bool]) -> bool:
+        """Wait for what another rank is to do, as long as some rank shows signs of life; False when none does any more."""
+        pulse, since = -1, time.monotonic()
+        while not ready():
+            self.check()
+            now = self.store.pulse() if self.store else 0
+            if now != pulse:
+                pulse, since = now, time.monotonic()
+            elif time.monotonic() - since > self.stall:
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
+
+    def work(self) -> None:
+        """Take jobs until the queue is empty. The first error of any worker ends all, and is the one raised."""
+        count = min(self.workers, len(self.jobs))
+        if count <= 1:
+            self.serve()
+            return
+        threads = [threading.Thread(target=self.guarded, name=f"worker-{n}") for n in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self.failed:
+            raise self.failed[0]
+
+    def guarded(self) -> None:
+        try:
+            self.serve()
+        except BaseException as problem:  # noqa: BLE001 - raised again by the thread that waits for this one
+            with self.lock:
+                self.failed.append(problem)
+
+    def serve(self) -> None:
+        """One worker: one buffer, job after job."""
+        buffer = Buffer(self.chunk_size)
+        while (number := self.queue.next()) is not None:
+            self.do(number, buffer)
+
+    def do(self, number: int, buffer: Buffer) -> None:
+        """One job: kept if it is done, else written."""
+        self.check()
+        job, place = self.jobs[number], self.owners[number]
+        hashed = self.full_check or number % SAMPLED == 0
+        if place.done or job.is_done(buffer, self.beat, hashed=hashed):
+            self.progress(job.file.size)
+            with self.lock:
+                place.kept += 1
+        else:
+            job.write(self.source, buffer, self.progress, self.beat)
+            with self.lock:
+                place.written.append(job.file)
+        if self.store:
+            self.store.report(number)
+
+    def beat(self) -> None:
+        self.check()
+        if self.store:
+            self.store.beat()
+
+    def settle(self) -> None:
+        """Make sure that every job is done, by whichever rank: wait for those at work, take over from those that are gone."""
+        if self.store is None:
+            return
+        buffer = Buffer(self.chunk_size)
+        while missing := [n for n in range(len(self.jobs)) if not self.store.reported(n) and not self.recorded(n)]:
+            if not self.wait(lambda missing=missing: all(self.recorded(n) for n in missing)):  # type: ignore[misc]
+                for number in missing:
+                    self.do(number, buffer)
+
+    def recorded(self, number: int) -> bool:
+        job = self.jobs[number]
+        try:
+            return self.owners[number].done or load_record(job.destination.disk, job.destination.layout, job.file) is not None
+        except (SourceError, OSError):
+            return False
+
+    def finish(self) -> None:
+        """Marks, then the manifest. Rank 0 does it; another does if rank 0 does not."""
+        for place in self.places:
+            if place.done:
+                continue
+            if not self.leads and self.wait(lambda place=place: is_finished(place.target, place.to.disk)):  # type: ignore[misc]
+                make_durable(place.to.disk, place.target.root)
+                continue
+            self.check()
+            finish_place(place.to)
+        if self.store:
+            self.store.leave(self.stall, POLL_SECONDS, self.stop or threading.Event())
+
+    def sweep(self) -> None:
+        for place in self.places:
+            place.to.sweep()
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """The disk's errors in the words of the user."""
+        try:
+            yield
+        except OSError as error:
+            raise self.explanation(error) from error
+
+    def explanation(self, error: OSError) -> Exception:
+        roots = ", ".join(str(place.target.root) for place in self.places if not place.done)
+        done = sum(self.recorded(n) for n in range(len(self.jobs)))
+        state = f"{done} of {len(self.jobs)} files are done"
+        if error.errno in FULL:
+            left = sum(job.file.size for n, job in enumerate(self.jobs) if not self.recorded(n))
+            needed = f"{left:,} bytes more are needed; {state}"
+            return OutputError(f"is full: {needed}.", file=roots, hint="Free the space and run the same command again.")
+        place = error.filename or roots
+        if error.errno in REFUSED and not done:
+            return DestinationError(f"cannot be written: {error.strerror}.", file=place, hint="Check the permissions or choose another folder.")
+        return OutputError(f"failed: {error.strerror or error}; {state}.", file=place, hint="Check the disk, then run the same command again.")
+
+
+def finish_place(to: Destination) -> None:
+    """Small files and marks in the plan's order, each durable before the next, then the manifest. Doing it again changes nothing."""
+    records = []
+    for file in to.plan.files:
+        record = load_record(to.disk, to.layout, file)
+        if record is None:
+            raise OutputError("has no record of being finished.", file=to.layout.final(file.name), hint="Run the same command again.")
+        records.append(record)
+    for mark in to.plan.marks:
+        digest = sha256(mark.content)
+        to.put(mark.name, mark.content, ours=lambda name=mark.name: to.has_record(name))  # type: ignore[misc]
+        to.publish(Record(to.plan.id, mark.name, len(mark.content), digest, {}))
+    to.put(MANIFEST, manifest_of(to.plan, records), ours=lambda: True)  # the fence has refused another plan's; what is left is ours, damaged
+
+
+def make_durable(disk: Disk, root: Path) -> None:
+    """A manifest that is there may have been linked by a run that was killed before it synced the folder: exit 0 promises more than that."""
+    try:
+        disk.sync_folder(root)
+    except OSError as error:
+        raise OutputError(f"cannot be made durable: {error.strerror}.", file=root, hint="Check the disk, then run the same command again.") from error
+
+
+def move_aside(disk: Disk, root: Path) -> Path:
+    """Rename a destination to the first free `NAME.bak-N`; nothing is deleted."""
+    for number in range(1, 10_000):
+        aside = root.with_name(f"{root.name}.bak-{number}")
+        try:
+            disk.status(aside)
+        except FileNotFoundError:
+            disk.rename(root, aside)
+            disk.sync_folder(root.parent)
+            return aside
+    raise DestinationError("has 9,999 backups already.", file=root, hint="Remove some of them.")
+
+
+def _claimed(disk: Disk, target: Target) -> bool:
+    try:
+        return claimed_by(disk, target.root) == target.plan.id
+    except (SourceError, OSError):
+        return False

@@ -18,6 +18,7 @@ from glmconv.formats.pickle_writer import write_pickle
 
 MODULE = "torch.distributed.checkpoint.metadata"
 STORAGE_INFO = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+SIZE = Global("torch", "Size")
 ROOTS = (f"{MODULE}.Metadata", "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader.MCoreMetadata")
 CHUNKS = 1 << 20
 RANK = 8
@@ -224,8 +225,8 @@ def write_metadata(tensors: Mapping[str, StoredTensor], objects: Mapping[str, St
         out.parts.append(out.key(key) + out.new("TensorStorageMetadata") + b"}(" + out.word("properties") + out.properties(tensor.dtype))
         out.parts.append(out.word("size") + out.size(tensor.shape) + out.word("chunks") + b"](")
         for c in tensor.chunks:
-            box = out.word("offsets") + out.size(c.offsets) + out.word("sizes") + out.size(c.sizes)
-            out.parts.append(out.new("ChunkStorageMetadata") + b"}(" + box + b"ub")
+            made = out.new("ChunkStorageMetadata") + b"}("
+            out.parts.append(made + out.word("offsets") + out.size(c.offsets) + out.word("sizes") + out.size(c.sizes) + b"ub")
         out.parts.append(b"eub")
     for key in objects:
         out.parts.append(out.key(key) + out.new("BytesStorageMetadata"))
@@ -240,20 +241,16 @@ def write_metadata(tensors: Mapping[str, StoredTensor], objects: Mapping[str, St
 
 
 class MetadataEmitter:
-    """A pickle of some 10 MB for a large model, written piece by piece: names and classes are put into the memo first, then fetched."""
-
-    CLASSES = ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata", "MetadataIndex", "TensorProperties")
-    WORDS = (
-        "state_dict_metadata", "planner_data", "storage_data", "storage_meta", "version", "properties", "size", "chunks", "offsets", "sizes", "fqn",
-        "offset", "index", "relative_path", "length",
-    )  # fmt: skip
+    """A pickle of some 10 MB for a large model, written piece by piece: names and classes are written once, then fetched from the memo."""
 
     def __init__(self) -> None:
         self.parts = [b"\x80\x02"]
         self.slots: dict[object, bytes] = {}
         self.sizes: dict[tuple[int, ...], bytes] = {}
-        for value in (*(Global(MODULE, name) for name in self.CLASSES), Global("torch", "Size"), STORAGE_INFO, *self.WORDS):
-            self.parts.append(self.put(value) + b"0")
+
+    def known(self, value: object) -> bytes:
+        """The value from the memo; written in full where it comes first."""
+        return self.slots[value] if value in self.slots else self.put(value)
 
     def put(self, value: object) -> bytes:
         """The value, remembered in the next memo slot."""
@@ -263,18 +260,21 @@ class MetadataEmitter:
         return plain[:-2] + b"r" + slot.to_bytes(4, "little")
 
     def word(self, text: str) -> bytes:
-        return self.slots[text]
+        return self.known(text)
 
     def key(self, text: str) -> bytes:
-        return self.slots[text] if text in self.slots else self.put(text)
+        return self.known(text)
 
     def new(self, name: str) -> bytes:
-        return self.slots[Global(MODULE, name)] + b")\x81"
+        return self.known(Global(MODULE, name)) + b")\x81"
 
     def size(self, numbers: tuple[int, ...]) -> bytes:
         """torch.Size((...))."""
         if numbers not in self.sizes:
-            self.sizes[numbers] = self.slots[Global("torch", "Size")] + write_pickle((numbers,))[2:-1] + b"R"
+            shape = write_pickle((numbers,))[2:-1] + b"R"
+            if SIZE not in self.slots:
+                return self.put(SIZE) + shape
+            self.sizes[numbers] = self.slots[SIZE] + shape
         return self.sizes[numbers]
 
     def number(self, value: int) -> bytes:
@@ -282,14 +282,17 @@ class MetadataEmitter:
 
     def properties(self, dtype: DType) -> bytes:
         """TensorProperties of a plain CPU tensor: dtype, strided, no gradient, contiguous, not pinned."""
+        made = self.new("TensorProperties")
         layout = b"ctorch.serialization\n_get_layout\n" + write_pickle(("torch.strided",))[2:-1].replace(b"q\x00", b"") + b"R"
         memory_format = f"c{MODULE}\n_MEM_FORMAT_ENCODING\n".encode() + b"K\x00\x85R"
-        return self.new("TensorProperties") + f"(ctorch\n{dtype.name}\n".encode() + layout + b"\x89" + memory_format + b"\x89tb"
+        return made + f"(ctorch\n{dtype.name}\n".encode() + layout + b"\x89" + memory_format + b"\x89tb"
 
     def index(self, key: str, offset: bytes) -> bytes:
+        made = self.new("MetadataIndex")
         fields = self.word("fqn") + self.key(key) + self.word("offset") + offset + self.word("index") + b"N"
-        return self.new("MetadataIndex") + b"}(" + fields + b"ub"
+        return made + b"}(" + fields + b"ub"
 
     def info(self, path: str, offset: int, length: int) -> bytes:
+        info = self.known(STORAGE_INFO)
         place = self.word("relative_path") + self.key(path) + self.word("offset") + self.number(offset) + self.word("length") + self.number(length)
-        return self.slots[STORAGE_INFO] + b")\x81}(" + place + b"ub"
+        return info + b")\x81}(" + place + b"ub"
