@@ -97,6 +97,7 @@ def figures(runs: list[Watched]) -> dict[str, object]:
         "jobs": summary["jobs"],
         "seconds": [round(r.seconds, 3) for r in runs],
         "best_seconds": min(r.seconds for r in runs),
+        "best_cpu_seconds": min(r.cpu for r in runs),
         "peak_rss": max(r.peak_rss for r in runs),
         "peak_anonymous": max(r.peak_anonymous for r in runs),
         "ranks": len(loads),
@@ -114,7 +115,8 @@ def report(found: dict[str, object], as_json: bool) -> None:
     else:
         print(f"{found['machine']}")
         print(f"plan of {found['tensors']:,} output tensors, {found['bytes'] / 1e9:.0f} GB, {found['jobs']} jobs, {found['ranks']} ranks")
-        print(f"  time       {found['best_seconds']:8.2f} s     best of {len(found['seconds'])}, wanted <= {SECONDS:.0f}")
+        times = f"best of {len(found['seconds'])}, {found['best_cpu_seconds']:.2f} s of CPU, wanted <= {SECONDS:.0f}"
+        print(f"  time       {found['best_seconds']:8.2f} s     {times}")
         print(f"  peak RSS   {found['peak_rss'] / 1e6:8.0f} MB    of it anonymous {found['peak_anonymous'] / 1e6:.0f} MB, wanted <= {RSS / 1e6:.0f}")
         loads = f"{found['fewest_bytes'] / 1e9:.1f} to {found['most_bytes'] / 1e9:.1f} GB a rank, wanted <= {IMBALANCE:.0%}"
         print(f"  imbalance  {found['imbalance']:8.1%}      {loads}")

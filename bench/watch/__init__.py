@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import subprocess
 import threading
 import time
@@ -15,10 +16,15 @@ SAMPLED_EVERY = 0.01  # seconds
 
 @dataclass(frozen=True)
 class Watched:
-    """What one run took. `peak_rss`: VmHWM, the kernel's own high-water mark, libraries and mapped files included; `peak_anonymous`: the
-    largest sampled RssAnon, which is the heap and the buffers. Both in bytes, 0 where there is no /proc."""
+    """What one run took.
+
+    cpu:            user and system seconds of all its threads and children
+    peak_rss:       VmHWM in bytes, the kernel's own high-water mark, libraries and mapped files included; 0 where there is no /proc
+    peak_anonymous: the largest sampled RssAnon in bytes: heap and buffers
+    """
 
     seconds: float
+    cpu: float
     peak_rss: int
     peak_anonymous: int
     stdout: str
@@ -29,7 +35,7 @@ def run(command: Sequence[str]) -> Watched:
 
     Not `ru_maxrss`: a child inherits its parent's high-water mark over fork and exec, so a small command would seem as large as the bench.
     """
-    began = time.perf_counter()
+    cpu_before, began = cpu_of_children(), time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         sampler = Sampler(process.pid)
         sampler.start()
@@ -38,7 +44,12 @@ def run(command: Sequence[str]) -> Watched:
         sampler.stop()
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit code {process.returncode}\n{stderr}")
-    return Watched(seconds, sampler.rss, sampler.anonymous, stdout)
+    return Watched(seconds, cpu_of_children() - cpu_before, sampler.rss, sampler.anonymous, stdout)
+
+
+def cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 class Sampler:
