@@ -6,7 +6,9 @@ verb needs is imported when it is first used.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,3 +31,14 @@ def __getattr__(name: str) -> object:
     if name in VERBS:
         return getattr(import_module(VERBS[name]), name)
     raise AttributeError(f"module 'glmconv' has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """Importing a submodule makes it an attribute of its package, which would hide the verb `convert` behind the module `convert`."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        hidden = isinstance(value, ModuleType) and VERBS.get(name) == value.__name__
+        super().__setattr__(name, getattr(value, name) if hidden else value)
+
+
+sys.modules[__name__].__class__ = _Package
