@@ -36,6 +36,7 @@ def parse(
     values: int = VALUES,
     containers: int = CONTAINERS,
     levels: Sequence[int] = (),
+    begin: int = 0,
     build: Callable[[dict[str, object]], object] | None = None,
 ) -> object:
     """The value that `data` spells in strict UTF-8 JSON.
@@ -45,6 +46,7 @@ def parse(
     values:     elements of arrays and members of objects, in all
     containers: objects and arrays, in all
     levels:     where the shape is known: values at depth 1, 2, ... at most, and no deeper
+    begin:      where `data` begins in its file, for messages
     build:      called with each object, innermost first; what it returns takes the object's place
 
     Raises SourceError, with the offset where it is known, for anything else: duplicate keys, NaN, numbers of more than 20 digits or
@@ -52,7 +54,7 @@ def parse(
     """
     if len(data) > limit:
         raise SourceError(f"is {len(data):,} bytes of JSON; at most {limit:,} are read.", file=file)
-    plain = _plain(data, file, values)
+    plain = _plain(data, file, begin, values)
     _check_structure(_outside_strings(plain, 2 * containers + values), file, levels or (values,) * depth, values, containers)
     del plain
     hook = _unique if build is None else lambda pairs: build(_unique(pairs))
@@ -60,9 +62,9 @@ def parse(
         text = data.decode("utf-8")
         return json.loads(text, object_pairs_hook=hook, parse_int=_integer, parse_float=_float, parse_constant=_constant)
     except UnicodeDecodeError as problem:
-        raise SourceError("is not UTF-8.", file=file, offset=problem.start) from None
+        raise SourceError("is not UTF-8.", file=file, offset=begin + problem.start) from None
     except json.JSONDecodeError as problem:
-        raise SourceError(f"is not JSON: {problem.msg}.", file=file, offset=len(text[: problem.pos].encode("utf-8"))) from None
+        raise SourceError(f"is not JSON: {problem.msg}.", file=file, offset=begin + len(text[: problem.pos].encode())) from None
     except _Refused as problem:
         raise SourceError(f"is not strict JSON: {problem}.", file=file) from None
 
@@ -83,7 +85,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _integer(text: str) -> int:
-    if len(text.lstrip("-")) > DIGITS:
+    if len(text) > DIGITS and len(text.lstrip("-")) > DIGITS:
         raise _Refused(f"an integer of more than {DIGITS} digits")
     if text == "-0":
         raise _Refused("-0, which others read as a float")
@@ -101,7 +103,7 @@ def _constant(text: str) -> float:
     raise _Refused(f"{text} is no JSON number")
 
 
-def _plain(data: bytes, file: object, values: int) -> bytes:
+def _plain(data: bytes, file: object, begin: int, values: int) -> bytes:
     """`data` with escaped backslashes and quotes replaced, at equal length: in it every quote begins or ends a string. Its strings are in bounds."""
     escaped = b"\\" in data
     if len(data) > WIDE_LIMIT and (not data.isascii() or (escaped and b"\\u" in data)):
@@ -114,9 +116,9 @@ def _plain(data: bytes, file: object, values: int) -> bytes:
         quotes += plain.count(b'"', at, long.start())
         at = long.start()
         if quotes % 2 == 0:
-            raise SourceError(f"holds a string of more than {STRING_LARGEST:,} bytes.", file=file, offset=at)
+            raise SourceError(f"holds a string of more than {STRING_LARGEST:,} bytes.", file=file, offset=begin + at)
     if escaped and HALF.search(plain) and (half := HALF.search(PAIR.sub(lambda pair: b"_" * len(pair[0]), plain))):
-        raise SourceError("holds half a surrogate pair.", file=file, offset=half.start())
+        raise SourceError("holds half a surrogate pair.", file=file, offset=begin + half.start())
     return plain
 
 

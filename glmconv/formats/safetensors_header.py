@@ -67,7 +67,7 @@ def read_header(file: InputFile) -> Header:
     """The header of a safetensors file. SourceError says what is wrong with which tensor; UnsupportedError names an unknown dtype."""
     path = file.path
     raw = _read_json(file)
-    value = parse(raw, file=path, limit=HEADER_LARGEST, values=sum(LEVELS), containers=3 * TENSORS + 2, levels=LEVELS, build=_entry)
+    value = parse(raw, file=path, limit=HEADER_LARGEST, values=sum(LEVELS), containers=3 * TENSORS + 2, levels=LEVELS, begin=8, build=_entry)
     entries = mapping(value, "the header", path)
     metadata = strings(entries.pop(METADATA, {}), METADATA, path)
     if sum(len(key.encode()) + len(item.encode()) for key, item in metadata.items()) > METADATA_LARGEST:
@@ -135,12 +135,7 @@ def tensor_name(name: str) -> bool:
 
 
 def _whole_numbers(values: object) -> TypeGuard[tuple[int, ...]]:
-    if isinstance(values, tuple):
-        for n in values:
-            if type(n) is not int or n < 0:  # true is an int too
-                return False
-        return True
-    return False
+    return isinstance(values, tuple) and all(type(n) is int and n >= 0 for n in values)  # `isinstance` takes true for an int
 
 
 def _check_tiling(tensors: Sequence[tuple[str, StoredTensor]], start: int, size: int, path: Path) -> None:
