@@ -76,11 +76,12 @@ class PersistentId:
 
 
 NESTING = frozenset({tuple, list, dict, Object, PersistentId})
-DICTS = frozenset({Global("collections", "OrderedDict"), Global("builtins", "dict"), Global("__builtin__", "dict")})
-SETS = frozenset(Global(module, name) for module in ("builtins", "__builtin__") for name in ("set", "frozenset", "list"))
-TUPLES = frozenset({Global("torch", "Size"), Global("builtins", "tuple"), Global("__builtin__", "tuple")})
-ENCODE = Global("_codecs", "encode")  # protocol 2 spells bytes as text that is to be encoded as latin1
-BYTES = frozenset({Global("builtins", "bytes"), Global("__builtin__", "bytes")})
+# Calls whose result is plain data. Sets become lists; protocol 2 spells bytes as text that is to be encoded.
+PLAIN = {
+    Global(module, name): kind
+    for module in ("builtins", "__builtin__")
+    for name, kind in (("dict", "dict"), ("list", "list"), ("set", "list"), ("frozenset", "list"), ("tuple", "tuple"), ("bytes", "bytes"))
+} | {Global("collections", "OrderedDict"): "dict", Global("torch", "Size"): "tuple", Global("_codecs", "encode"): "encode"}
 
 
 class Machine:
@@ -315,23 +316,30 @@ class Machine:
         """Push what a call of `cls` stands for. Only what is plain data anyway is made."""
         if not isinstance(cls, Global) or not isinstance(args, tuple):
             self.fail("something that is no name is called")
-        self.kept.append(args)
-        depth = self.close([args]) + 1
-        first = args[0] if args else None
-        if cls in DICTS and not args:
-            self.push_open({})
-        elif cls in SETS and not args:
-            self.push_open([])
-        elif (cls in SETS and len(args) == 1 and isinstance(first, list)) or (cls in TUPLES and len(args) == 1 and isinstance(first, tuple)):
-            self.stack.append(first)
-        elif cls == ENCODE and len(args) == 2 and isinstance(first, str) and args[1] == "latin1":
-            self.stack.append(self.latin1(first))
-        elif cls in BYTES and not args:
-            self.stack.append(b"")
-        else:
-            self.push_open(Object(cls, args, depth=depth))
-            self.kept.pop()
+        kind = PLAIN.get(cls)
+        if kind is None or not self._call_plain(kind, args):
+            depth = self._depth(args) + 1
+            if depth > DEEPEST:
+                self.fail(f"values are nested more than {DEEPEST} deep")
+            self.push_open(Object(cls, args, None, None, None, depth))
         self.forget(args)
+
+    def _call_plain(self, kind: str, args: tuple[object, ...]) -> bool:
+        """Push the value itself, if these are arguments that make one."""
+        first = args[0] if args else None
+        if not args and kind in ("dict", "list", "bytes"):
+            if kind == "bytes":
+                self.stack.append(b"")
+            else:
+                self.push_open({} if kind == "dict" else [])
+        elif len(args) == 1 and ((kind == "list" and isinstance(first, list)) or (kind == "tuple" and isinstance(first, tuple))):
+            self.stack.append(first)
+        elif kind == "encode" and len(args) == 2 and isinstance(first, str) and args[1] == "latin1":
+            self.stack.append(self.latin1(first))
+        else:
+            return False
+        self.kept.append(args)
+        return True
 
     def latin1(self, text: str) -> bytes:
         self.charge(len(text))
