@@ -81,9 +81,12 @@ def run(
     Raises DestinationError, CapacityError (before anything is written), SourceError, OutputError.
     """
     disk = disk or Disk()
-    preflight(targets, source_root=source_root, disk=disk, resume=resume, overwrite=overwrite)
     run_id = secrets.token_hex(8)
-    places = [Place(t, Destination(disk, t.root, t.plan, run_id, log or _silent), is_finished(t, disk)) for t in targets]
+    try:
+        preflight(targets, source_root=source_root, disk=disk, resume=resume, overwrite=overwrite)
+        places = [Place(t, Destination(disk, t.root, t.plan, run_id, log or _silent), is_finished(t, disk)) for t in targets]
+    except OSError as error:
+        raise unlooked(error, targets) from error
     for place in places:
         if place.done:
             make_durable(disk, place.target.root)
@@ -97,6 +100,7 @@ def run(
     try:
         with crew.explained():
             crew.claim(resume=resume, overwrite=overwrite)
+            crew.claimed = True
             crew.work()
             crew.settle()
             crew.finish()
@@ -142,6 +146,7 @@ class Crew:
     stop: threading.Event | None
     progress: Callable[[int], None]
     stall: float
+    claimed: bool = False
     failed: list[BaseException] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -286,7 +291,7 @@ class Crew:
             needed = f"{left:,} bytes more are needed; {state}"
             return OutputError(f"is full: {needed}.", file=roots, hint="Free the space and run the same command again.")
         place = error.filename or roots
-        if error.errno in REFUSED and not done:
+        if error.errno in REFUSED and not self.claimed and not any(place.moved_aside for place in self.places):
             return DestinationError(f"cannot be written: {error.strerror}.", file=place, hint="Check the permissions or choose another folder.")
         return OutputError(f"failed: {error.strerror or error}; {state}.", file=place, hint="Check the disk, then run the same command again.")
 
@@ -312,6 +317,14 @@ def make_durable(disk: Disk, root: Path) -> None:
         disk.sync_folder(root)
     except OSError as error:
         raise OutputError(f"cannot be made durable: {error.strerror}.", file=root, hint="Check the disk, then run the same command again.") from error
+
+
+def unlooked(error: OSError, targets: Sequence[Target]) -> Exception:
+    """A destination could not even be looked at."""
+    place = error.filename or ", ".join(str(target.root) for target in targets)
+    if error.errno in REFUSED:
+        return DestinationError(f"cannot be looked at: {error.strerror}.", file=place, hint="Check the permissions or choose another folder.")
+    return OutputError(f"cannot be looked at: {error.strerror or error}.", file=place, hint="Check the disk, then run the same command again.")
 
 
 def move_aside(disk: Disk, root: Path) -> Path:
