@@ -13,8 +13,8 @@ from pathlib import Path
 from glmconv.checkpoint import Checkpoint, open_checkpoint
 from glmconv.engine.files import Disk
 from glmconv.engine.plan import Plan, by_source
-from glmconv.engine.queue import JobQueue, number
 from glmconv.engine.preflight import Target, preflight
+from glmconv.engine.queue import JobQueue, number
 from glmconv.engine.run import Outcome
 from glmconv.engine.run import run as run_plans
 from glmconv.errors import CapacityError, UsageError
@@ -127,7 +127,9 @@ def plan(src: str | Path, to: Sequence[str], dst: Path | None = None, *, options
         plans = plan_targets(source, targets, options)
         needed = sum(p.size for p in plans)
         if all(target.path for target in targets):
-            needed = preflight(_engine_targets(targets, plans), source_root=source.path, disk=Disk(), resume=options.resume, overwrite=options.overwrite)
+            needed = preflight(
+                _engine_targets(targets, plans), source_root=source.path, disk=Disk(), resume=options.resume, overwrite=options.overwrite
+            )
         return Summary(
             targets=[_described(target, p) for target, p in zip(targets, plans, strict=True)],
             bytes_read=bytes_read(source, plans),

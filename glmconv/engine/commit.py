@@ -70,12 +70,16 @@ class Destination:
         try:
             owner = claimed_by(self.disk, root)
         except SourceError as error:
-            raise DestinationError(f"cannot tell whose output this is: {error.line}", file=root, hint="Choose another folder or pass --overwrite.") from error
+            raise DestinationError(
+                f"cannot tell whose output this is: {error.line}", file=root, hint="Choose another folder or pass --overwrite."
+            ) from error
         if owner != self.plan.id:
             raise DestinationError("belongs to another conversion now.", file=root, hint="Choose another folder or pass --overwrite.")
         with contextlib.suppress(FileNotFoundError, SourceError):
             if load_manifest(self.disk, root).plan_id != self.plan.id:
-                raise DestinationError("holds the finished output of another conversion.", file=root, hint="Choose another folder or pass --overwrite.")
+                raise DestinationError(
+                    "holds the finished output of another conversion.", file=root, hint="Choose another folder or pass --overwrite."
+                )
 
     def staged(self, path: Path, write: Callable[[int], T]) -> T:
         """Let `write(fd)` fill a new staged file and make it durable; once more from the start if the first sync fails."""
@@ -98,7 +102,7 @@ class Destination:
         return path
 
     def commit(self, staged: Path, name: str, digest: str, *, ours: Callable[[], bool]) -> None:
-        """Give a durable staged file its final name, durably. A different file there is replaced if `ours()` says that we wrote it, or is an error."""
+        """Give a durable staged file its final name, durably. A different file there is replaced if `ours()`, else an error."""
         final = self.layout.final(name)
         self.fence()
         if not self._place(staged, final) and not self._already_there(final, digest):
@@ -205,7 +209,9 @@ class Destination:
                 return False
             if not self._unguarded:
                 self._unguarded = True
-                self.log(f"{self.layout.root}: this filesystem can neither link nor rename without overwriting: two jobs at once are not guarded here")
+                self.log(
+                    f"{self.layout.root}: this filesystem can neither link nor rename without overwriting: two jobs at once are not guarded here"
+                )
             self.disk.rename(staged, final)
         return True
 

@@ -9,7 +9,6 @@ Every document is canonical JSON whose first member is the sha256 of all its oth
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,14 +17,7 @@ from pathlib import Path
 from glmconv.engine.files import Disk
 from glmconv.engine.plan import OutputFile, Plan, canonical_json, sha256
 from glmconv.errors import SourceError, printable
-
-try:
-    from glmconv.strict_json import parse
-except ImportError:
-
-    def parse(data: bytes, *, file: object, limit: int, depth: int = 32) -> object:
-        return json.loads(data)
-
+from glmconv.strict_json import parse
 
 CLAIM_FORMAT = "glmconv claim 1"
 RECORD_FORMAT = "glmconv record 1"

@@ -8,7 +8,18 @@ from importlib import metadata
 from pathlib import Path
 
 from glmconv.engine.files import Disk
-from glmconv.engine.journal import MANIFEST, HEX, Record, StoredTensor, checked_name, digest_field, is_count, read_whole, sealed, stored_tensor, unsealed
+from glmconv.engine.journal import (
+    MANIFEST,
+    Record,
+    StoredTensor,
+    checked_name,
+    digest_field,
+    is_count,
+    read_whole,
+    sealed,
+    stored_tensor,
+    unsealed,
+)
 from glmconv.engine.plan import Plan, sha256
 from glmconv.errors import SourceError
 

@@ -107,7 +107,9 @@ def refuse_overlaps(targets: Sequence[Target], disk: Disk) -> None:
         for other in targets[:number]:
             first, second = target.root, other.root
             if first == second or identity(first, disk) in identities(second, disk) or identity(second, disk) in identities(first, disk):
-                raise UsageError(f"and {second} are one folder, or one lies inside the other.", file=first, hint="Give each target a folder of its own.")
+                raise UsageError(
+                    f"and {second} are one folder, or one lies inside the other.", file=first, hint="Give each target a folder of its own."
+                )
             if first in second.parents or second in first.parents:
                 raise UsageError(f"and {second} lie inside each other.", file=first, hint="Give each target a folder of its own.")
 

@@ -13,7 +13,7 @@ from glmconv.engine.plan import sha256
 from glmconv.errors import OutputError, SourceError, UsageError
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 T = TypeVar("T")
 BEAT_SECONDS = 1.0
@@ -111,7 +111,7 @@ def open_queue(
     agent = env.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() in ("1", "true")
     hosted = rank == 0 and not agent
     port = number(env, "MASTER_PORT", 29511)
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     try:
         store = TCPStore(env["MASTER_ADDR"], port, is_master=hosted, wait_for_workers=False, timeout=timedelta(seconds=timeout))

@@ -105,7 +105,8 @@ def open_folder(path: Path, options: OpenOptions) -> Opened:
     return Opened(
         format="torch_dist", path=path, config=config, config_bytes=config_bytes, model=wanted.model, tensors=tensors,
         folders=(folder, *origin.folders), fingerprint=fingerprint, missing=tuple(matched.missing), wrong=tuple(wrong),
-        unexpected=tuple(sorted(set(keys) - matched.used - dropped_keys)), dropped=wanted.dropped if dropped_keys else (), side_files=origin.side_files,
+        unexpected=tuple(sorted(set(keys) - matched.used - dropped_keys)), dropped=wanted.dropped if dropped_keys else (),
+        side_files=origin.side_files,
         layout=origin.layout, notes=(*origin.notes, *notes), stored_bytes=sum(_bytes(stored) for stored in keys.values()),
     )  # fmt: skip
 

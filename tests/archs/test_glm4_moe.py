@@ -56,7 +56,8 @@ def test_air_has_no_qk_norm_and_one_dense_layer() -> None:
     spec, preset = preset_named("glm4.5-106B-A12B")
     names = bind(spec, preset.config).tensors
     assert not any("q_norm" in name for name in names)
-    assert "model.layers.0.mlp.gate_proj.weight" in names and "model.layers.1.mlp.gate.weight" in names
+    assert "model.layers.0.mlp.gate_proj.weight" in names
+    assert "model.layers.1.mlp.gate.weight" in names
 
 
 def test_extra_states_are_the_union_that_megatron_asks_for() -> None:
@@ -77,7 +78,8 @@ def test_splits_and_swapped_halves_are_places_too() -> None:
     swapped = record("wq", nope=nope, rope=rope)
     halves = Split(record("", rope=rope, nope=nope), {"rope": swapped.rope, "nope": swapped.nope})
     rows = list(moves(halves, 12, {}, s))
-    assert Move("wq", 0, 4, 2) in rows and Move("wq", 2, 0, 4) in rows
+    assert Move("wq", 0, 4, 2) in rows
+    assert Move("wq", 2, 0, 4) in rows
     assert sorted(m.target + n for m in rows for n in range(m.rows)) == list(range(12))
 
 
@@ -106,8 +108,9 @@ def test_an_unknown_architecture_is_named() -> None:
 
 
 def test_a_preset_is_found_by_name_hub_id_and_config() -> None:
-    spec, preset = preset_named("zai-org/glm-4.6")
-    assert preset.name == "glm4.6-355B-A32B" and preset_of(preset.config) == preset
+    _spec, preset = preset_named("zai-org/glm-4.6")
+    assert preset.name == "glm4.6-355B-A32B"
+    assert preset_of(preset.config) == preset
     assert preset_of({**preset.config, "hidden_size": 64}) is None
     with pytest.raises(UsageError, match="no preset"):
         preset_named("gpt-5")
@@ -115,10 +118,13 @@ def test_a_preset_is_found_by_name_hub_id_and_config() -> None:
 
 def test_the_table_prints_with_the_counts_of_each_preset() -> None:
     text = spec_table("glm4_moe", table)
-    assert "self_attention.linear_qkv.weight[q of q, k, v]" in text and "heads*head_dim" in text
-    assert "glm4.5-355B-A32B 44,691" in text and "glm4.6-355B-A32B 44,689" in text
+    assert "self_attention.linear_qkv.weight[q of q, k, v]" in text
+    assert "heads*head_dim" in text
+    assert "glm4.5-355B-A32B 44,691" in text
+    assert "glm4.6-355B-A32B 44,689" in text
     rows = table_values("GLM-4.5")["rows"]
-    assert isinstance(rows, list) and sum(row["count"]["glm4.5-355B-A32B"] for row in rows) == 44691
+    assert isinstance(rows, list)
+    assert sum(row["count"]["glm4.5-355B-A32B"] for row in rows) == 44691
 
 
 def _product(shape: tuple[int, ...]) -> int:

@@ -55,7 +55,7 @@ def test_of_two_different_jobs_in_one_folder_exactly_one_goes_on(number: int) ->
     disk = SimulatedDisk()
     ended = race(disk, [job(FIRST), job(SECOND)], in_any_order(number))
     assert sorted(map(fine, ended)) == [False, True], ended
-    winner, loser = ((FIRST, ended[1]) if fine(ended[0]) else (SECOND, ended[0]))
+    winner, loser = (FIRST, ended[1]) if fine(ended[0]) else (SECOND, ended[0])
     assert isinstance(loser.error, DestinationError), loser
     assert finished_of(winner, disk)
     assert finished_of(winner, disk.after_power_loss(random.Random(0), "everything lost"))

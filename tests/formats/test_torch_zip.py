@@ -76,7 +76,8 @@ def test_common_pt_is_a_namespace_for_torch_and_a_mapping_for_us() -> None:
         loaded = torch.load(io.BytesIO(data), weights_only=True)
     assert vars(loaded["args"]) == {**content["args"], "params_dtype": torch.bfloat16}  # type: ignore[dict-item]
     ours = read_common(at(data), len(data), file="common.pt")
-    assert ours["iteration"] == 1 and ours["args"]["num_layers"] == 5  # type: ignore[index]
+    assert ours["iteration"] == 1
+    assert ours["args"]["num_layers"] == 5
 
 
 def test_common_pt_as_torch_saves_it_is_read_with_unknown_classes_in_it() -> None:
@@ -85,7 +86,8 @@ def test_common_pt_as_torch_saves_it_is_read_with_unknown_classes_in_it() -> Non
 
     data = saved({"args": argparse.Namespace(num_layers=3, exit_signal=signal.SIGTERM, path=pathlib.PurePosixPath("/x")), "iteration": 7})
     found = read_common(at(data), len(data), file="common.pt")
-    assert found["args"]["num_layers"] == 3 and found["iteration"] == 7  # type: ignore[index]
+    assert found["args"]["num_layers"] == 3
+    assert found["iteration"] == 7
 
 
 def rezipped(blob: bytes, change: Callable[[zipfile.ZipFile, zipfile.ZipFile], None]) -> bytes:
@@ -133,7 +135,8 @@ def test_a_damaged_blob_is_read_right_or_refused(data: st.DataObject) -> None:
         found = read_tensor_blob(at(bytes(blob)), len(blob), file="blob")
     except SourceError:
         return
-    assert 0 <= found.payload_offset and found.payload_offset + found.payload_size <= len(blob)
+    assert found.payload_offset >= 0
+    assert found.payload_offset + found.payload_size <= len(blob)
 
 
 def test_an_object_blob_comes_back_as_plain_data() -> None:
