@@ -138,10 +138,11 @@ def _aliases(opened: Opened) -> Mapping[str, tuple[str, ...]]:
 
 def common(opened: Opened, options: LayoutOptions) -> dict[str, object]:
     """What common.pt holds: `args`, and the few fields that Megatron's `load_checkpoint` asks for. `checkpoint_version` 3.0: QKV is not reordered."""
+    dtype = next(opened.tensors[name].dtype.name for name, tensor in opened.model.tensors.items() if not tensor.dtype and name in opened.tensors)
     return {
-        "args": to_args(opened.config, opened.model),
+        "args": to_args(opened.config, opened.model) | {"params_dtype": dtype, "bf16": dtype == "bfloat16", "fp16": dtype == "float16"},
         "checkpoint_version": 3.0,
-        "iteration": options.iteration or 1,
+        "iteration": 1 if options.iteration is None else options.iteration,
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }

@@ -172,7 +172,8 @@ def _placed(reader: Reader, entries: dict[str, Entry], start: int) -> dict[str, 
 def _content(reader: Reader, entry: Entry) -> int:
     """Where an entry's content begins. Its local header must say what the directory says, or leave it to the data descriptor."""
     head = reader.read(entry.offset, 30 + len(entry.name))
-    flags, method, _, _, crc32, packed, size, name_length, extra_length = struct.unpack("<4H3I2H", head[6:30])
+    fields: tuple[int, ...] = struct.unpack("<4H3I2H", head[6:30])
+    flags, method, _, _, crc32, packed, size, name_length, extra_length = fields
     if head[:4] != b"PK\x03\x04" or method or flags != entry.flags or name_length != len(entry.name) or head[30:] != entry.name.encode("ascii"):
         reader.fail("a record's two headers disagree")
     stated = (entry.crc32, min(entry.size, 0xFFFFFFFF), min(entry.size, 0xFFFFFFFF))
