@@ -34,7 +34,7 @@ def command(ctx: click.Context, /, src: str, dst: Path | None, to: tuple[str, ..
     The same command again, after any interruption, goes on where it stopped and gives the same bytes.
     """
     from glmconv.cli.sessions import stoppable
-    from glmconv.convert import convert, options_of
+    from glmconv.convert import convert, options_of, this_rank
     from glmconv.targets import parse_targets
 
     out = output_of(ctx)
@@ -46,6 +46,8 @@ def command(ctx: click.Context, /, src: str, dst: Path | None, to: tuple[str, ..
         done = convert(src, targets, options=options, started=started, progress=progress, stop=stop)
     for note in done.notes:
         out.note(f"note: {note}")
+    if this_rank() != 0:
+        return 0  # rank 0 speaks for all
     verified = _verify(out, src, [target.path for target in targets if target.path], check, done.workers, chosen)
     if out.json:
         out.json_data(_summary(done, verified))
@@ -58,9 +60,8 @@ def _verify(out: Output, src: str, paths: list[Path], check: str, workers: int, 
     """Read the outputs back. VerificationError if a bit differs."""
     from glmconv.check.read_back import read_back
     from glmconv.cli.sessions import stoppable
-    from glmconv.convert import this_rank
 
-    if check == "none" or this_rank() != 0:
+    if check == "none":
         return {"verify": "none"}
     with stoppable() as stop, out.bar("verify") as (started, progress):
         origin = chosen.get("origin")

@@ -24,6 +24,7 @@ from glmconv.formats.megatron_args import to_config
 from glmconv.formats.megatron_keys import MegatronTensor, is_optimizers, is_trainers, megatron_tensors, spellings, stacked_spelling
 from glmconv.formats.origin import Origin, find_origin
 from glmconv.formats.run_config import read_run_config
+from glmconv.formats.side_files import CONFIG
 from glmconv.formats.torch_dist_layout import BACKEND, COMMON, METADATA, TRACKER
 from glmconv.formats.widen import Widened
 
@@ -67,7 +68,13 @@ def locate(path: Path) -> Place | None:
 
 
 def detect(path: Path) -> bool:
-    return path.is_dir() and (is_iteration(path) or (path / TRACKER).is_file() or any(ITERATION.match(child.name) for child in path.iterdir()))
+    """A folder with an iteration in it, or one that is an iteration, even a broken one if nothing else speaks for another format."""
+    if not path.is_dir():
+        return False
+    if is_iteration(path) or (path / TRACKER).is_file():
+        return True
+    inside = [child for child in path.iterdir() if ITERATION.match(child.name)]
+    return any(map(is_iteration, inside)) or (bool(inside) and not (path / CONFIG).exists())
 
 
 def manifest_at(path: Path) -> Path:
