@@ -50,10 +50,10 @@ def config_of(shape: Shape, layout: dict[str, int]) -> TransformerConfig:
         moe_layer_freq=[int(layer >= shape.dense) for layer in range(shape.layers)], moe_router_topk=TOP_K, moe_router_topk_scaling_factor=2.5,
         moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_router_pre_softmax=True, moe_router_dtype="fp32",
         moe_router_load_balancing_type="none", moe_token_dispatcher_type="allgather", mtp_num_layers=1, normalization="RMSNorm",
-        layernorm_epsilon=1e-5, gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False, add_qkv_bias=True, qk_layernorm=shape.qk_norm,
-        hidden_dropout=0.0, attention_dropout=0.0, bias_dropout_fusion=False, bias_activation_fusion=False, apply_rope_fusion=False,
-        gradient_accumulation_fusion=False, use_cpu_initialization=True, perform_initialization=False, params_dtype=dtype, pipeline_dtype=dtype,
-        bf16=shape.dtype == "bfloat16", **layout,
+        layernorm_epsilon=1e-5, gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False, add_qkv_bias=True,
+        qk_layernorm=shape.qk_norm, hidden_dropout=0.0, attention_dropout=0.0, bias_dropout_fusion=False, bias_activation_fusion=False,
+        apply_rope_fusion=False, gradient_accumulation_fusion=False, use_cpu_initialization=True, perform_initialization=False, params_dtype=dtype,
+        pipeline_dtype=dtype, bf16=shape.dtype == "bfloat16", **layout,
     )  # fmt: skip
 
 
@@ -131,9 +131,9 @@ def arguments(shape: Shape, layout: dict[str, int]) -> argparse.Namespace:
     padded = 128 * config.tensor_model_parallel_size
     return argparse.Namespace(
         **{name: getattr(config, name) for name in ARGUMENTS.split()}, num_experts=EXPERTS, group_query_attention=True, norm_epsilon=1e-5,
-        swiglu=True, position_embedding_type="rope", rotary_base=10000, rotary_percent=0.5, rotary_interleaved=False, untie_embeddings_and_output_weights=True,
-        max_position_embeddings=128, vocab_size=VOCAB, padded_vocab_size=-(-VOCAB // padded) * padded, make_vocab_size_divisible_by=128,
-        multi_latent_attention=False, q_lora_rank=None, attention_backend=AttnBackend.auto, save=Path("/somewhere"), finetune=False,
+        swiglu=True, position_embedding_type="rope", rotary_base=10000, rotary_percent=0.5, rotary_interleaved=False,
+        untie_embeddings_and_output_weights=True, max_position_embeddings=128, vocab_size=VOCAB, padded_vocab_size=-(-VOCAB // padded) * padded,
+        make_vocab_size_divisible_by=128, multi_latent_attention=False, q_lora_rank=None, attention_backend=AttnBackend.auto, save=Path("/somewhere"), finetune=False,
     )  # fmt: skip
 
 
