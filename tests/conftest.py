@@ -12,6 +12,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's client is imported: no test may reach out
 
+from glmconv import convert
 from glmconv.cli import run
 from glmconv.toy.build import ToyOptions, build
 
@@ -70,3 +71,31 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 def tiny(toy: Toy) -> Path:
     """A GLM-4.5 of a few hundred kilobytes in several shards: for what is done to many copies."""
     return toy("glm4.5-355B-A32B", TINY)
+
+
+@pytest.fixture(scope="session")
+def torch_dist(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """`torch_dist(preset)`: the toy's conversion, made once a session. Nobody writes into it."""
+    made: dict[str, Path] = {}
+
+    def find(preset: str) -> Path:
+        if preset not in made:
+            made[preset] = tmp_path_factory.mktemp("torch_dist") / preset
+            convert(toy(preset), {"torch_dist": made[preset]})
+        return made[preset]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def back(torch_dist: Toy, tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """`back(preset)`: the toy's conversion converted back, made once a session. Nobody writes into it."""
+    made: dict[str, Path] = {}
+
+    def find(preset: str) -> Path:
+        if preset not in made:
+            made[preset] = tmp_path_factory.mktemp("back") / preset
+            convert(torch_dist(preset), {"hf": made[preset]})
+        return made[preset]
+
+    return find

@@ -24,6 +24,11 @@ def release(root: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(root).items() if name != MANIFEST}
 
 
+def marks(root: Path) -> dict[Path, tuple[int, int, int]]:
+    """What any change of a file or folder below `root`, or of its name, would change."""
+    return {path: (found.st_ino, found.st_mtime_ns, found.st_ctime_ns) for path in [root, *root.rglob("*")] for found in [path.lstat()]}
+
+
 def copied(source: Path, target: Path) -> Path:
     """A copy that may be broken: as a download would be, without our state and manifest."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(".glmconv", MANIFEST))

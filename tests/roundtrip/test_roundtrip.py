@@ -11,26 +11,12 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from glmconv import Options, convert, open_checkpoint, verify
 from tests.conftest import SMALL, TINY
-from tests.roundtrip.shards import INDEX, Surgery, contents, copied, home, load, release
+from tests.roundtrip.shards import INDEX, Surgery, contents, copied, home, load, marks, release
 
 PRESETS = ("glm4.5-355B-A32B", "glm4.5-106B-A12B", "glm4.6-355B-A32B", "glm4.7-355B-A32B")
 ALIASES = ("model.layers.4.embed_tokens.weight", "model.layers.4.shared_head.head.weight")
 BIAS = "model.layers.{}.mlp.gate.e_score_correction_bias"
 ONE_FILE = replace(SMALL, file_size=None)
-
-
-@pytest.fixture(scope="module")
-def torch_dist(toy, tmp_path_factory):
-    """`torch_dist(preset)`: the toy's conversion, made once. Nobody writes into it."""
-    made: dict[str, Path] = {}
-
-    def find(preset: str) -> Path:
-        if preset not in made:
-            made[preset] = tmp_path_factory.mktemp("made") / preset
-            convert(toy(preset), {"torch_dist": made[preset]})
-        return made[preset]
-
-    return find
 
 
 def tensors(path: Path) -> set[str]:
@@ -48,19 +34,17 @@ def stored_dtypes(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_file_of_a_release_comes_back_byte_for_byte(preset, toy, torch_dist, tmp_path):
+def test_every_file_of_a_release_comes_back_byte_for_byte(preset, toy, back):
     source = toy(preset)
-    convert(torch_dist(preset), {"hf": tmp_path / "back"})
     assert len(list(source.glob("*.safetensors"))) >= 4
     assert (source / INDEX).exists()
     assert ("mtp.safetensors" in release(source)) == (preset[:6] in ("glm4.6", "glm4.7"))
-    assert release(tmp_path / "back") == release(source)
+    assert release(back(preset)) == release(source)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_torch_dist_comes_back_byte_for_byte_from_its_release(preset, toy, torch_dist, tmp_path):
-    convert(torch_dist(preset), {"hf": tmp_path / "back"})
-    convert(tmp_path / "back", {"torch_dist": tmp_path / "again"})
+def test_torch_dist_comes_back_byte_for_byte_from_its_release(preset, torch_dist, back, tmp_path):
+    convert(back(preset), {"torch_dist": tmp_path / "again"})
     assert contents(tmp_path / "again") == contents(torch_dist(preset))
 
 
@@ -77,9 +61,8 @@ def test_a_release_in_one_file_has_no_index_but_for_an_mtp_file(preset, toy, tmp
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_copies_of_embedding_and_head_are_kept_where_the_release_has_them(preset, toy, torch_dist, tmp_path):
-    convert(torch_dist(preset), {"hf": tmp_path / "back"})
-    found = {name for name in tensors(tmp_path / "back") if name.endswith(("embed_tokens.weight", "head.weight"))}
+def test_copies_of_embedding_and_head_are_kept_where_the_release_has_them(preset, back):
+    found = {name for name in tensors(back(preset)) if name.endswith(("embed_tokens.weight", "head.weight"))}
     aliases = set(ALIASES) if preset.startswith("glm4.5") else set()
     assert found == {"model.embed_tokens.weight", "lm_head.weight"} | aliases
 
@@ -188,10 +171,10 @@ def test_several_targets_at_once_are_each_as_if_alone(toy, torch_dist, tmp_path,
 def test_the_same_call_again_writes_nothing(toy, tmp_path):
     source = toy("glm4.5-355B-A32B", TINY)
     convert(source, {"torch_dist": tmp_path / "there"})
-    before = {path: path.stat() for path in tmp_path.rglob("*")}
+    before = marks(tmp_path)
     again = convert(source, {"torch_dist": tmp_path / "there"})
     assert [outcome.already_done for outcome in again.outcomes] == [True]
-    assert {path: path.stat() for path in tmp_path.rglob("*")} == before
+    assert marks(tmp_path) == before
 
 
 # The router's bias
