@@ -1,6 +1,6 @@
-"""torch.distributed.checkpoint's `.metadata`: which chunk of which tensor lies where. Read as plain data, written without torch.
+"""torch.distributed.checkpoint's `.metadata`: which chunk of which tensor lies where. Read as plain data and checked; nothing is taken on trust.
 
-Source: torch.distributed.checkpoint.metadata and .filesystem (Metadata, TensorStorageMetadata, MetadataIndex, _StorageInfo).
+Source: torch.distributed.checkpoint.metadata and .filesystem; megatron-core 0.15 names the root class MCoreMetadata, newer ones do not.
 """
 
 from __future__ import annotations
@@ -8,61 +8,33 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 from glmconv.dtypes import BY_NAME, DType
 from glmconv.errors import SourceError
-from glmconv.formats.pickle_reader import Global, Object, read_pickle
-from glmconv.formats.pickle_writer import write_pickle
+from glmconv.formats import tiling
+from glmconv.formats.dcp_records import CHUNK, INDEX, INFO, MODULE, OBJECT, PROPERTIES, TENSOR, Chunk, DcpMetadata, StoredObject, StoredTensor
+from glmconv.formats.dcp_writer import write_metadata
+from glmconv.formats.pickle_reader import LARGEST, Budget, Global, Object, read_pickle
 
-MODULE = "torch.distributed.checkpoint.metadata"
-STORAGE_INFO = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-SIZE = Global("torch", "Size")
-ROOTS = (f"{MODULE}.Metadata", "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader.MCoreMetadata")
+__all__ = ["Chunk", "DcpMetadata", "StoredObject", "StoredTensor", "read_metadata", "write_metadata"]
+
+BUDGET = Budget(96_000_000, 2 << 30)  # about what 2^20 chunks cost; a pickle of n bytes has at most n opcodes
 CHUNKS = 1 << 20
+KEY_LONGEST = 1024
 RANK = 8
-FILE = re.compile(r"[A-Za-z0-9_.-]{1,200}\.distcp\Z")
+FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,200}\.distcp\Z")
+Size = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A box of a global tensor, and the blob that holds it: `offset` and `length` in bytes."""
+@dataclass
+class Places:
+    """The storage records of one key: of its chunks, in any order, and of the object itself."""
 
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    relative_path: str
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A global tensor and the chunks that tile it."""
-
-    dtype: DType
-    shape: tuple[int, ...]
-    chunks: Sequence[Chunk]
-
-
-@dataclass(frozen=True, slots=True)
-class StoredObject:
-    """A pickled object, by the blob that holds it."""
-
-    relative_path: str
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True)
-class DcpMetadata:
-    """All of a checkpoint's tensors and objects, by key."""
-
-    tensors: Mapping[str, StoredTensor]
-    objects: Mapping[str, StoredObject]
-
-
-Spot = tuple[str, tuple[int, ...] | None]
+    chunks: list[tuple[Size, str, int, int]]
+    whole: StoredObject | None = None
 
 
 def read_metadata(data: bytes, file: object, skip: Callable[[str], bool] = lambda key: False) -> DcpMetadata:
@@ -70,229 +42,136 @@ def read_metadata(data: bytes, file: object, skip: Callable[[str], bool] = lambd
 
     Keys that `skip` names (a trainer's own state, which may be cut in ways that tile nothing) are left out, unchecked.
     """
-    root = read_pickle(data, file=file)
-    if not isinstance(root, Object) or not isinstance(root.cls, Global) or not root.cls.name.endswith("Metadata"):
-        raise SourceError("is not a checkpoint's metadata.", file=file)
-    described, stored = root.field("state_dict_metadata"), root.field("storage_data")
-    if not isinstance(described, dict) or not isinstance(stored, dict):
-        raise SourceError("has no state_dict_metadata or no storage_data.", file=file)
-    spots = _spots(stored, file)
-    tensors: dict[str, StoredTensor] = {}
-    objects: dict[str, StoredObject] = {}
-    total = 0
-    for key, entry in described.items():
-        if not isinstance(key, str) or not 1 <= len(key) <= 1024:
-            raise SourceError("has a key that is no string.", file=file)
-        if skip(key):
-            continue
-        if isinstance(entry, Object) and entry.named(f"{MODULE}.BytesStorageMetadata"):
-            objects[key] = StoredObject(*_take(spots, (key, None), file))
-        else:
-            tensors[key] = _tensor(key, entry, spots, file)
-            total += len(tensors[key].chunks)
-        if total > CHUNKS:
-            raise SourceError(f"has more than {CHUNKS:,} chunks.", file=file)
-    spots = {spot: place for spot, place in spots.items() if not skip(spot[0])}
-    if spots:
-        raise SourceError("is stored, but no tensor has such a chunk.", file=file, tensor=next(iter(spots))[0])
-    _check_bytes(tensors, objects, file)
-    return DcpMetadata(tensors, objects)
+    return _Metadata(file, skip).read(data)
 
 
-def _spots(stored: Mapping[object, object], file: object) -> dict[Spot, tuple[str, int, int]]:
-    """(key, chunk offsets or None) -> (file, offset, length)."""
-    spots: dict[Spot, tuple[str, int, int]] = {}
-    for index, where in stored.items():
-        if not isinstance(index, Object) or not index.named(f"{MODULE}.MetadataIndex") or not isinstance(where, Object) or where.cls != STORAGE_INFO:
-            raise SourceError("has storage records of an unknown kind.", file=file)
-        key, offset = index.field("fqn"), index.field("offset")
-        path, at, length = where.field("relative_path"), where.field("offset"), where.field("length")
-        if not isinstance(key, str) or not isinstance(path, str) or not FILE.match(path) or path.startswith("."):
-            raise SourceError(f"names the file {str(path)[:200]!r}; a chunk lies in a .distcp file of the same folder.", file=file)
-        if where.field("transform_descriptors"):
-            raise SourceError("is stored compressed or transformed.", file=file, tensor=key)
-        if not _whole(at) or not _whole(length) or not length:
-            raise SourceError("has an offset or a length that is none.", file=file, tensor=key)
-        spot = (key, None if offset is None else _size(offset, file, key))
-        if spot in spots:
-            raise SourceError("has the same chunk twice.", file=file, tensor=key)
-        spots[spot] = (path, at, length)  # type: ignore[assignment]
-    return spots
+class _Metadata:
+    def __init__(self, file: object, skip: Callable[[str], bool]) -> None:
+        self.file = file
+        self.skip = skip
+
+    def fail(self, what: str, key: str | None = None) -> NoReturn:
+        raise SourceError(what, file=self.file, tensor=key)
+
+    def read(self, data: bytes) -> DcpMetadata:
+        root = read_pickle(data, file=self.file, limit=LARGEST, budget=BUDGET)
+        if not isinstance(root, Object) or not _is_root(root.cls):
+            self.fail("is not a checkpoint's metadata.")
+        described, stored = root.field("state_dict_metadata"), root.field("storage_data")
+        if not isinstance(described, dict) or not isinstance(stored, dict):
+            self.fail("has no state_dict_metadata or no storage_data.")
+        if len(stored) > CHUNKS or len(described) > CHUNKS:
+            self.fail(f"has more than {CHUNKS:,} chunks.")
+        places = self.places(stored)
+        tensors: dict[str, StoredTensor] = {}
+        objects: dict[str, StoredObject] = {}
+        for key, entry in described.items():
+            if not isinstance(key, str) or not 1 <= len(key) <= KEY_LONGEST:
+                self.fail("has a key that is no name.")
+            if self.skip(key):
+                continue
+            own = places.pop(key, None) or Places([])
+            if isinstance(entry, Object) and entry.cls == OBJECT:
+                objects[key] = self.whole(key, own)
+            else:
+                tensors[key] = self.tensor(key, entry, own)
+        if places:
+            self.fail("is stored, but nothing says what it is.", next(iter(places)))
+        self.check_bytes(tensors, objects)
+        return DcpMetadata(tensors, objects)
+
+    def places(self, stored: Mapping[object, object]) -> dict[str, Places]:
+        """The storage records by key. Nothing here hashes a number that the file chose."""
+        found: dict[str, Places] = {}
+        for index, where in stored.items():
+            if not isinstance(index, Object) or index.cls != INDEX or not isinstance(where, Object) or where.cls != INFO:
+                self.fail("has storage records of an unknown kind.")
+            key, offsets = index.field("fqn"), index.field("offset")
+            path, at, length = where.field("relative_path"), where.field("offset"), where.field("length")
+            if not isinstance(key, str) or not 1 <= len(key) <= KEY_LONGEST:
+                self.fail("has a key that is no name.")
+            if self.skip(key):
+                continue
+            if not isinstance(path, str) or not FILE.match(path):
+                self.fail(f"names the file {path!r}; a chunk lies in a .distcp file of the same folder." if isinstance(path, str) else NO_FILE, key)
+            if where.field("transform_descriptors"):
+                self.fail("is stored compressed or transformed.", key)
+            if type(at) is not int or type(length) is not int or not 0 <= at < 2**62 or not 0 < length < 2**62:
+                self.fail("has an offset or a length that is none.", key)
+            own = found.setdefault(key, Places([]))
+            if offsets is not None:
+                own.chunks.append((self.size(offsets, key), path, at, length))
+            elif own.whole is None:
+                own.whole = StoredObject(path, at, length)
+            else:
+                self.fail("is stored twice.", key)
+        return found
+
+    def whole(self, key: str, own: Places) -> StoredObject:
+        if own.whole is None or own.chunks:
+            self.fail("is an object that is stored nowhere, or in chunks.", key)
+        return own.whole
+
+    def tensor(self, key: str, entry: object, own: Places) -> StoredTensor:
+        if not isinstance(entry, Object) or entry.cls != TENSOR:
+            self.fail("is neither a tensor nor an object.", key)
+        if own.whole is not None:
+            self.fail("is a tensor, but is stored as an object.", key)
+        dtype = self.dtype(entry.field("properties"), key)
+        shape, described = self.size(entry.field("size"), key), entry.field("chunks")
+        if not isinstance(described, list):
+            self.fail("has no list of chunks.", key)
+        boxes = sorted(self.box(item, key) for item in described)
+        own.chunks.sort()
+        if [offsets for offsets, _ in boxes] != [place[0] for place in own.chunks]:
+            self.fail("has a chunk that is stored nowhere, or a stored one that is none of its own.", key)
+        wrong = tiling.problem(shape, boxes)
+        if wrong:
+            self.fail(f"{wrong}.", key)
+        chunks = tuple(Chunk(offsets, sizes, *place[1:]) for (offsets, sizes), place in zip(boxes, own.chunks, strict=True))
+        if any(chunk.length < math.prod(chunk.sizes) * dtype.itemsize for chunk in chunks):
+            self.fail("has a chunk shorter than its elements.", key)
+        return StoredTensor(dtype, shape, chunks)
+
+    def dtype(self, properties: object, key: str) -> DType:
+        """Of TensorProperties: the first of the tuple that is its state."""
+        state = properties.state if isinstance(properties, Object) and properties.cls == PROPERTIES else None
+        named = state[0] if isinstance(state, tuple) and state else (state.get("dtype") if isinstance(state, dict) else None)
+        dtype = BY_NAME.get(named.name) if isinstance(named, Global) and named.module == "torch" else None
+        if dtype is None:
+            self.fail(f"has the dtype {named.name if isinstance(named, Global) else 'of no name'}, which is not known.", key)
+        return dtype
+
+    def box(self, item: object, key: str) -> tiling.Box:
+        if not isinstance(item, Object) or item.cls != CHUNK:
+            self.fail("has a chunk that is none.", key)
+        return self.size(item.field("offsets"), key), self.size(item.field("sizes"), key)
+
+    def size(self, value: object, key: str) -> Size:
+        """A shape or an offset: torch.Size, a tuple or a list."""
+        if isinstance(value, list):
+            value = tuple(value)
+        if not isinstance(value, tuple) or len(value) > RANK or not all(type(n) is int and 0 <= n < 2**48 for n in value):
+            self.fail("has a shape or an offset that is none.", key)
+        return value
+
+    def check_bytes(self, tensors: Mapping[str, StoredTensor], objects: Mapping[str, StoredObject]) -> None:
+        """No two blobs share bytes."""
+        ranges: dict[str, list[tuple[int, int, str]]] = {}
+        for key, tensor in tensors.items():
+            for chunk in tensor.chunks:
+                ranges.setdefault(chunk.relative_path, []).append((chunk.offset, chunk.length, key))
+        for key, stored in objects.items():
+            ranges.setdefault(stored.relative_path, []).append((stored.offset, stored.length, key))
+        for places in ranges.values():
+            places.sort()
+            for (begin, length, _), (after, _, key) in itertools.pairwise(places):
+                if begin + length > after:
+                    self.fail("shares bytes with another chunk.", key)
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+NO_FILE = "names no file; a chunk lies in a .distcp file of the same folder."
 
 
-def _size(value: object, file: object, key: str) -> tuple[int, ...]:
-    if isinstance(value, Object) and value.named("torch.Size") and len(value.args) == 1:
-        value = value.args[0]
-    if isinstance(value, list):
-        value = tuple(value)
-    if not isinstance(value, tuple) or len(value) > RANK or not all(_whole(n) and n < 2**48 for n in value):
-        raise SourceError("has a shape or an offset that is none.", file=file, tensor=key)
-    return value
-
-
-def _take(spots: dict[Spot, tuple[str, int, int]], spot: Spot, file: object) -> tuple[str, int, int]:
-    found = spots.pop(spot, None)
-    if found is None:
-        raise SourceError("has a chunk that is stored nowhere.", file=file, tensor=spot[0])
-    return found
-
-
-def _tensor(key: str, entry: object, spots: dict[Spot, tuple[str, int, int]], file: object) -> StoredTensor:
-    if not isinstance(entry, Object) or not entry.named(f"{MODULE}.TensorStorageMetadata"):
-        raise SourceError("is neither a tensor nor an object.", file=file, tensor=key)
-    properties, described = entry.field("properties"), entry.field("chunks")
-    state = properties.state if isinstance(properties, Object) else None
-    named = state[0] if isinstance(state, tuple) and state else (state.get("dtype") if isinstance(state, dict) else None)
-    dtype = BY_NAME.get(named.name) if isinstance(named, Global) and named.module == "torch" else None
-    if dtype is None:
-        shown = named.name if isinstance(named, Global) else "of no name"
-        raise SourceError(f"has the dtype {shown}, which is not known.", file=file, tensor=key)
-    shape = _size(entry.field("size"), file, key)
-    if not isinstance(described, list):
-        raise SourceError("has no list of chunks.", file=file, tensor=key)
-    chunks = []
-    for item in described:
-        if not isinstance(item, Object):
-            raise SourceError("has a chunk that is none.", file=file, tensor=key)
-        offsets, sizes = _size(item.field("offsets"), file, key), _size(item.field("sizes"), file, key)
-        if len(offsets) != len(shape) or len(sizes) != len(shape) or any(o + n > whole for o, n, whole in zip(offsets, sizes, shape, strict=True)):
-            raise SourceError("has a chunk outside its shape.", file=file, tensor=key)
-        chunks.append(Chunk(offsets, sizes, *_take(spots, (key, offsets), file)))
-    _check_tiling(key, shape, chunks, file)
-    return StoredTensor(dtype, shape, chunks)
-
-
-def _check_tiling(key: str, shape: tuple[int, ...], chunks: Sequence[Chunk], file: object) -> None:
-    """Volumes that add up and boxes that do not overlap tile the tensor exactly."""
-    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
-        raise SourceError("is not covered exactly once by its chunks.", file=file, tensor=key)
-    if len(chunks) > 1 and _overlap([(chunk.offsets, chunk.sizes) for chunk in chunks if math.prod(chunk.sizes)], 0):
-        raise SourceError("has chunks that overlap.", file=file, tensor=key)
-
-
-def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], axis: int) -> bool:
-    """Whether two boxes share an element: cut the axis at every border, look at the next axis within each slab that holds several."""
-    if len(boxes) < 2:
-        return False
-    if axis == len(boxes[0][0]):
-        return True
-    groups: dict[tuple[int, int], list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
-    for box in boxes:
-        groups.setdefault((box[0][axis], box[1][axis]), []).append(box)
-    spans = sorted(groups)
-    if all(a[0] + a[1] <= b[0] for a, b in itertools.pairwise(spans)):
-        return any(_overlap(group, axis + 1) for group in groups.values())
-    active: list[tuple[int, tuple[tuple[int, ...], tuple[int, ...]]]] = []
-    for begin, length in spans:
-        active = [item for item in active if item[0] > begin]
-        for box in groups[begin, length]:
-            if any(_boxes_meet(box, other, axis + 1) for _, other in active):
-                return True
-            active.append((begin + length, box))
-    return False
-
-
-def _boxes_meet(a: tuple[tuple[int, ...], tuple[int, ...]], b: tuple[tuple[int, ...], tuple[int, ...]], axis: int) -> bool:
-    return all(a[0][n] < b[0][n] + b[1][n] and b[0][n] < a[0][n] + a[1][n] for n in range(axis, len(a[0])))
-
-
-def _check_bytes(tensors: Mapping[str, StoredTensor], objects: Mapping[str, StoredObject], file: object) -> None:
-    """No two blobs share bytes, and each is as long as its elements at least."""
-    ranges: dict[str, list[tuple[int, int, str]]] = {}
-    for key, tensor in tensors.items():
-        for chunk in tensor.chunks:
-            if chunk.length < math.prod(chunk.sizes) * tensor.dtype.itemsize:
-                raise SourceError("has a chunk shorter than its elements.", file=file, tensor=key)
-            ranges.setdefault(chunk.relative_path, []).append((chunk.offset, chunk.length, key))
-    for key, stored in objects.items():
-        ranges.setdefault(stored.relative_path, []).append((stored.offset, stored.length, key))
-    for places in ranges.values():
-        places.sort()
-        for (begin, length, _), (after, _, key) in itertools.pairwise(places):
-            if begin + length > after:
-                raise SourceError("shares bytes with another chunk.", file=file, tensor=key)
-
-
-def write_metadata(tensors: Mapping[str, StoredTensor], objects: Mapping[str, StoredObject]) -> bytes:
-    """The `.metadata` of a checkpoint, as torch's FileSystemReader reads it. Deterministic: no save id."""
-    out = MetadataEmitter()
-    out.parts.append(out.new("Metadata") + b"}(" + out.word("state_dict_metadata") + b"}(")
-    for key, tensor in tensors.items():
-        out.parts.append(out.key(key) + out.new("TensorStorageMetadata") + b"}(" + out.word("properties") + out.properties(tensor.dtype))
-        out.parts.append(out.word("size") + out.size(tensor.shape) + out.word("chunks") + b"](")
-        for c in tensor.chunks:
-            made = out.new("ChunkStorageMetadata") + b"}("
-            out.parts.append(made + out.word("offsets") + out.size(c.offsets) + out.word("sizes") + out.size(c.sizes) + b"ub")
-        out.parts.append(b"eub")
-    for key in objects:
-        out.parts.append(out.key(key) + out.new("BytesStorageMetadata"))
-    out.parts.append(b"u" + out.word("planner_data") + b"N" + out.word("storage_data") + b"}(")
-    for key, tensor in tensors.items():
-        for c in tensor.chunks:
-            out.parts.append(out.index(key, out.size(c.offsets)) + out.info(c.relative_path, c.offset, c.length))
-    for key, item in objects.items():
-        out.parts.append(out.index(key, b"N") + out.info(item.relative_path, item.offset, item.length))
-    out.parts.append(b"u" + out.word("storage_meta") + b"N" + out.word("version") + out.key("1.0.0") + b"ub.")
-    return b"".join(out.parts)
-
-
-class MetadataEmitter:
-    """A pickle of some 10 MB for a large model, written piece by piece: names and classes are written once, then fetched from the memo."""
-
-    def __init__(self) -> None:
-        self.parts = [b"\x80\x02"]
-        self.slots: dict[object, bytes] = {}
-        self.sizes: dict[tuple[int, ...], bytes] = {}
-
-    def known(self, value: object) -> bytes:
-        """The value from the memo; written in full where it comes first."""
-        return self.slots[value] if value in self.slots else self.put(value)
-
-    def put(self, value: object) -> bytes:
-        """The value, remembered in the next memo slot."""
-        slot = len(self.slots)
-        self.slots[value] = b"h" + bytes([slot]) if slot < 256 else b"j" + slot.to_bytes(4, "little")
-        plain = write_pickle(value)[2:-1]  # without protocol and end; its own memo opcode (q and slot 0) is cut off too
-        return plain[:-2] + b"r" + slot.to_bytes(4, "little")
-
-    def word(self, text: str) -> bytes:
-        return self.known(text)
-
-    def key(self, text: str) -> bytes:
-        return self.known(text)
-
-    def new(self, name: str) -> bytes:
-        return self.known(Global(MODULE, name)) + b")\x81"
-
-    def size(self, numbers: tuple[int, ...]) -> bytes:
-        """torch.Size((...))."""
-        if numbers not in self.sizes:
-            shape = write_pickle((numbers,))[2:-1] + b"R"
-            if SIZE not in self.slots:
-                return self.put(SIZE) + shape
-            self.sizes[numbers] = self.slots[SIZE] + shape
-        return self.sizes[numbers]
-
-    def number(self, value: int) -> bytes:
-        return write_pickle(value)[2:-1]
-
-    def properties(self, dtype: DType) -> bytes:
-        """TensorProperties of a plain CPU tensor: dtype, strided, no gradient, contiguous, not pinned."""
-        made = self.new("TensorProperties")
-        layout = b"ctorch.serialization\n_get_layout\n" + write_pickle(("torch.strided",))[2:-1].replace(b"q\x00", b"") + b"R"
-        memory_format = f"c{MODULE}\n_MEM_FORMAT_ENCODING\n".encode() + b"K\x00\x85R"
-        return made + f"(ctorch\n{dtype.name}\n".encode() + layout + b"\x89" + memory_format + b"\x89tb"
-
-    def index(self, key: str, offset: bytes) -> bytes:
-        made = self.new("MetadataIndex")
-        fields = self.word("fqn") + self.key(key) + self.word("offset") + offset + self.word("index") + b"N"
-        return made + b"}(" + fields + b"ub"
-
-    def info(self, path: str, offset: int, length: int) -> bytes:
-        info = self.known(STORAGE_INFO)
-        place = self.word("relative_path") + self.key(path) + self.word("offset") + self.number(offset) + self.word("length") + self.number(length)
-        return info + b")\x81}(" + place + b"ub"
+def _is_root(cls: object) -> bool:
+    return isinstance(cls, Global) and ((cls.module, cls.name) == (MODULE, "Metadata") or (cls.name == "MCoreMetadata" and "megatron" in cls.module))
