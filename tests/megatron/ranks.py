@@ -133,7 +133,8 @@ def arguments(shape: Shape, layout: dict[str, int]) -> argparse.Namespace:
         **{name: getattr(config, name) for name in ARGUMENTS.split()}, num_experts=EXPERTS, group_query_attention=True, norm_epsilon=1e-5,
         swiglu=True, position_embedding_type="rope", rotary_base=10000, rotary_percent=0.5, rotary_interleaved=False,
         untie_embeddings_and_output_weights=True, max_position_embeddings=128, vocab_size=VOCAB, padded_vocab_size=-(-VOCAB // padded) * padded,
-        make_vocab_size_divisible_by=128, multi_latent_attention=False, q_lora_rank=None, attention_backend=AttnBackend.auto, save=Path("/somewhere"), finetune=False,
+        make_vocab_size_divisible_by=128, multi_latent_attention=False, q_lora_rank=None,
+        attention_backend=AttnBackend.auto, save=Path("/somewhere"), finetune=False,
     )  # fmt: skip
 
 
