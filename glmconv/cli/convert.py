@@ -69,7 +69,7 @@ def _verify(out: Output, src: str, paths: list[Path], check: str, workers: int, 
             src, paths, sample=check == "sample", mtp=chosen.get("mtp") != "drop", origin=str(origin) if origin else None, workers=workers,
             started=started, progress=progress, stop=stop,
         )  # fmt: skip
-    return {"verify": check, **counts}
+    return {"verify": check, "verified": counts}
 
 
 def _summary(done: object, verified: dict[str, object]) -> dict[str, object]:
@@ -108,8 +108,9 @@ def _print(out: Output, src: str, targets: object, done: object, verified: dict[
         out.data(f"{outcome.target.root}: {plan.to}, {done.tensors:,} tensors, {len(plan.files) + len(plan.marks)} files{kept}, {human(plan.size)}")
     if done.dropped:
         out.data(f"{done.dropped:,} MTP tensors left out (--mtp drop)")
-    if verified.get("tensors"):
-        out.data(f"read back: {verified['tensors']:,} tensors are bit-identical")
+    counts = verified.get("verified")
+    if isinstance(counts, dict) and counts["tensors"]:
+        out.data(f"read back: {counts['tensors']:,} tensors are bit-identical")
     first = done.outcomes[0]
     other = "hf" if first.target.plan.to == "torch_dist" else "torch_dist"
     out.note(f"next: glmconv verify {src} {first.target.root}   or   glmconv convert {first.target.root} DST --to {other}")

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import TextIO
 
+from glmconv.errors import OutputError
+
 
 def human(size: float) -> str:
     """Bytes in decimal units, as disks are sold."""
@@ -36,9 +38,12 @@ class Output:
     progress: str = "auto"
 
     def data(self, text: str) -> None:
-        """The command's answer."""
-        with contextlib.suppress(BrokenPipeError):
-            print(text, flush=True)
+        """The command's answer. OutputError if there is no room for it; a reader that has seen enough is no error."""
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                print(text, flush=True)
+        except OSError as error:
+            raise OutputError(f"cannot be written: {error.strerror}.", file="stdout") from error
 
     def json_data(self, value: object) -> None:
         plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
