@@ -16,7 +16,7 @@ from glmconv.engine.run import Target, run
 from glmconv.errors import DestinationError, GlmconvError, OutputError
 from tests.engine.made import CHUNK, MadeSource, made_plan
 from tests.engine.simulated import SimulatedDisk
-from tests.engine.states import SEED, SIM, SOAK, Scene, damaged, one_target, shortcomings, truth_of
+from tests.engine.states import SEED, SIM, SOAK, Scene, damaged, one_target, say, shortcomings, truth_of
 from tests.engine.turns import Choose, Ended, race
 
 OUT = SIM / "out"
@@ -31,6 +31,7 @@ def job(plan: Plan, root: Path = OUT, *, overwrite: bool = False) -> Callable[[S
 
 def in_any_order(seed: object) -> Choose:
     """Long and short stretches of each participant."""
+    say(f"GLMCONV_SEED={SEED}")  # shown if the test fails
     rng = random.Random(f"{SEED} {seed}")
     patience = rng.choice((0.0, 0.5, 0.9))
     return lambda at_work, last: last if last in at_work and rng.random() < patience else rng.choice(at_work)
