@@ -206,7 +206,6 @@ def convert(
     with open_checkpoint(src, mtp=options.mtp, origin=options.origin) as source:
         plans = plan_targets(source, specs, options)
         made = _engine_targets(specs, plans)
-        preflight(made, source_root=source.path, disk=Disk(), resume=options.resume, overwrite=options.overwrite)
         has = resources(options)
         if started:
             started(sum(p.size for p in plans))

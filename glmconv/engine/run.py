@@ -308,7 +308,9 @@ def finish_place(to: Destination) -> None:
         digest = sha256(mark.content)
         to.put(mark.name, mark.content, ours=lambda name=mark.name: to.has_record(name))  # type: ignore[misc]
         to.publish(Record(to.plan.id, mark.name, len(mark.content), digest, {}))
-    to.put(MANIFEST, manifest_of(to.plan, records), ours=lambda: True)  # the fence has refused another plan's; what is left is ours, damaged
+    content = manifest_of(to.plan, records)
+    to.put(MANIFEST, content, ours=lambda: to.has_record(MANIFEST))
+    to.publish(Record(to.plan.id, MANIFEST, len(content), sha256(content), {}))  # tells ours, damaged, from a stranger's
 
 
 def make_durable(disk: Disk, root: Path) -> None:

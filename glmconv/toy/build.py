@@ -12,8 +12,7 @@ from pathlib import Path
 from glmconv.archs import bind, preset_named
 from glmconv.checkpoint import Checkpoint
 from glmconv.dtypes import BY_NAME
-from glmconv.engine.files import Disk
-from glmconv.engine.preflight import Target, preflight
+from glmconv.engine.preflight import Target
 from glmconv.engine.run import Outcome, run
 from glmconv.errors import UsageError
 from glmconv.formats.format import LayoutOptions, Opened
@@ -96,7 +95,6 @@ def build(
     source = toy_checkpoint(preset, options)
     made = plan(source.opened, LayoutOptions(file_size=options.file_size, apart=preset_named(preset)[1].mtp_file))
     target = Target(made, Path(path).absolute())
-    preflight([target], source_root=None, disk=Disk(), overwrite=overwrite)
     if started:
         started(made.size)
     return run([target], source, workers=workers, overwrite=overwrite, stop=stop, progress=progress)[0]
