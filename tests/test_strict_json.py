@@ -77,6 +77,7 @@ def test_anything_else_is_a_source_error_and_what_is_read_json_reads_too(data):
         (b'["\\ud83d\\\\\\ude00"]', "half a surrogate pair"),
         (b'["\\ud83d\\ud83d\\ude00"]', "@2: holds half a surrogate pair"),
         (b'{"\\udc00":1}', "half a surrogate pair"),
+        (b'["\\ud83d\\ude00\\ud83d"]', "@14: holds half a surrogate pair"),
         (b'{"a":1,"a":1}', "the key a is there twice"),
         (b'{"a":1,"\\u0061":1}', "the key a is there twice"),
         (b'[[{"x":{"b\\n":1,"b\\n":2}}]]', r"the key b\n is there twice"),

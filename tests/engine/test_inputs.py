@@ -167,9 +167,10 @@ def test_names_are_listed_with_all_that_open_will_refuse_but_no_folders(folder):
     os.mkfifo(folder.root / "pipe")
     (folder.root / "inner").mkdir()
     (folder.root / "link").symlink_to("nowhere")
+    (folder.root / "to-inner").symlink_to("inner")
     (folder.root / ".nfs0000000000000001").touch()
-    assert folder.names() == ["link", "model.safetensors", "pipe"]
-    assert folder.names() == ["link", "model.safetensors", "pipe"]
+    assert folder.names() == ["link", "model.safetensors", "pipe", "to-inner"]
+    assert folder.names() == ["link", "model.safetensors", "pipe", "to-inner"]
 
 
 @pytest.mark.parametrize("pair", [("a", "A"), ("straße", "STRASSE"), ("caf\u00e9", "cafe\u0301"), ("\u212b", "\u00c5")])
@@ -254,6 +255,13 @@ def test_no_other_link_of_a_blob_is_followed(tmp_path, target):
     blob.unlink()
     blob.symlink_to(target)
     with InputFolder(snapshot) as folder, pytest.raises(SourceError, match=r"link out of the Hub's cache"):
+        folder.open("model.safetensors")
+
+
+def test_blobs_beside_a_folder_that_is_no_snapshot_are_not_read(tmp_path):
+    snapshot = cached(tmp_path)
+    snapshot.parent.rename(snapshot.parent.with_name("versions"))
+    with InputFolder(snapshot.parent.with_name("versions") / snapshot.name) as folder, pytest.raises(SourceError, match=r"is a link; only"):
         folder.open("model.safetensors")
 
 

@@ -202,6 +202,16 @@ def test_a_cut_off_file_says_how_much_is_missing(folder):
         header_of(folder, packed(spelled({"a": {"dtype": "U8", "shape": [30], "data_offsets": [0, 30]}}), bytes(20)))
 
 
+def test_a_header_longer_than_its_file_is_not_read(folder):
+    with pytest.raises(SourceError, match=r"@0: says its header is 3 bytes long, but has 2 behind that\. Is it cut off"):
+        header_of(folder, packed(b"{}", length=3))
+
+
+def test_offsets_in_messages_are_those_of_the_file(folder):
+    with pytest.raises(SourceError, match=r"@11: is not JSON"):
+        header_of(folder, packed(b"{  a}"))
+
+
 def many(count: int) -> bytes:
     entries = (b'"layers.%d.weight":{"dtype":"F32","shape":[1,1],"data_offsets":[%d,%d]}' % (n, 4 * n, 4 * n + 4) for n in range(count))
     return b"{" + b",".join(entries) + b"}"
@@ -234,3 +244,10 @@ def test_an_index_says_how_many_shards_are_missing():
     index = spelled({"weight_map": {"a": SHARDS[0], "b": SHARDS[1]}})
     with pytest.raises(SourceError, match=f"names 2 files, of which 1 are not here, {SHARDS[1]} first"):
         read_index(index, Path("index"), SHARDS[:1])
+
+
+@pytest.mark.parametrize("shard", ["../a.safetensors", "/a.safetensors", "b/a.safetensors", "b\\a.safetensors", ".a.safetensors", ".safetensors",
+                                   "a.bin", "a.safetensors\n", "a\0.safetensors", "\u0430.safetensors", "n" * 244 + ".safetensors"])  # fmt: skip
+def test_an_index_names_no_other_files_than_shards_of_its_folder_even_if_they_are_there(shard):
+    with pytest.raises(SourceError, match=r"cannot be the name of a shard"):
+        read_index(spelled({"weight_map": {"a": shard}}), Path("index"), [shard])
