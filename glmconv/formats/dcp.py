@@ -21,7 +21,7 @@ from glmconv.formats.pickle_reader import LARGEST, Budget, Global, Object, read_
 
 __all__ = ["Chunk", "DcpMetadata", "StoredObject", "StoredTensor", "read_metadata", "write_metadata"]
 
-BUDGET = Budget(96_000_000, 2 << 30)  # about what 2^20 chunks cost; a pickle of n bytes has at most n opcodes
+BUDGET = Budget(32_000_000, 1 << 30)  # some 400,000 chunks, and as many of them in plans
 CHUNKS = 1 << 20
 KEY_LONGEST = 1024
 RANK = 8

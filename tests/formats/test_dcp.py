@@ -144,8 +144,10 @@ def test_torch_loads_what_we_write(tmp_path: Path) -> None:
     assert set(reader.read_metadata().state_dict_metadata) == {"w", "w._extra_state/shard_0_1"}
     target: dict[str, object] = {"w": torch.zeros(6, 8, dtype=torch.bfloat16), "w._extra_state/shard_0_1": io.BytesIO()}
     dcp.load(target, storage_reader=reader, planner=dcp.DefaultLoadPlanner(), no_dist=True)
-    assert isinstance(target["w"], torch.Tensor) and torch.equal(target["w"], whole)
-    assert isinstance(target["w._extra_state/shard_0_1"], list) and target["w._extra_state/shard_0_1"][0].shape == (0,)
+    assert isinstance(target["w"], torch.Tensor)
+    assert torch.equal(target["w"], whole)
+    assert isinstance(target["w._extra_state/shard_0_1"], list)
+    assert target["w._extra_state/shard_0_1"][0].shape == (0,)
 
 
 def test_megatron_loads_what_we_write(tmp_path: Path) -> None:
