@@ -22,6 +22,7 @@ from glmconv.strict_json import parse
 CLAIM_FORMAT = "glmconv claim 1"
 RECORD_FORMAT = "glmconv record 1"
 STATE = ".glmconv"
+VALUES = 1 << 24  # a manifest has some 14 for each stored piece, and a large model cut into small chunks has a million pieces
 MANIFEST = "glmconv_manifest.json"
 CLAIM_LIMIT = 1 << 28
 RECORD_LIMIT = 1 << 28
@@ -103,7 +104,7 @@ def unsealed(data: bytes, *, file: object, limit: int) -> dict[str, object]:
     seal = SEAL.match(data)
     if seal is None or sha256(b"{" + data[seal.end() :]).encode("ascii") != seal[1]:
         raise SourceError("is damaged: its digest does not fit its content.", file=file)
-    document = parse(data, file=file, limit=limit)
+    document = parse(data, file=file, limit=limit, values=VALUES, containers=VALUES // 4)
     if not isinstance(document, dict) or document.get("digest") != seal[1].decode("ascii"):
         raise SourceError("is damaged: not one object with one digest.", file=file)
     return document
