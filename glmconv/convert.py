@@ -24,7 +24,7 @@ from glmconv.targets import TargetSpec, parse_targets
 
 CHUNK = 4 << 20
 SMALLEST_CHUNK = 1 << 20
-GIB = 1 << 30
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def resources(options: Options) -> Resources:
             chunk //= 2
         if base + 2 * chunk > limit:
             raise CapacityError(
-                f"--max-memory {limit / GIB:.2f} GiB is less than one worker needs here: {(base + 2 * chunk) / GIB:.2f} GiB.",
+                f"--max-memory {limit / MIB:,.1f} MiB is less than one worker needs here: {(base + 2 * chunk) / MIB:,.1f} MiB.",
                 hint="Allow more memory.",
             )
     return Resources(workers, chunk, base + workers * 2 * chunk)
@@ -190,6 +190,7 @@ def convert(
     started: Callable[[int], None] | None = None,
     stop: threading.Event | None = None,
     queue: JobQueue | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> Converted:
     """Convert `src` into every target (`{"torch_dist": DIR}`), the source read once; the same call again resumes.
 
@@ -211,7 +212,7 @@ def convert(
             started(sum(p.size for p in plans))
         outcomes = run_plans(
             made, source, workers=has.workers, chunk_size=has.chunk, queue=queue, resume=options.resume, resume_check=options.resume_check,
-            overwrite=options.overwrite, stop=stop, progress=progress, source_root=source.path,
+            overwrite=options.overwrite, stop=stop, progress=progress, source_root=source.path, log=log,
         )  # fmt: skip
         facts = {"path": str(source.path), "format": source.format, "model_type": source.arch.spec.model_type}
         return Converted(outcomes, facts, len(source), len(source.opened.dropped), list(source.opened.notes), has.workers)

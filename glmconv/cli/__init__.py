@@ -63,8 +63,9 @@ def run(args: list[str]) -> int:
     """A command line's exit code; errors are one line on stderr."""
     from glmconv.cli.sessions import exit_code
 
+    plain = [arg for arg in args if arg != "--debug"]  # accepted anywhere on the line
     try:
-        result = group.main(args, prog_name="glmconv", standalone_mode=False)
+        result = group.main(plain, prog_name="glmconv", standalone_mode=False)
         return int(result) if isinstance(result, int) else int(ExitCode.OK)
     except click.exceptions.Exit as leave:
         return leave.exit_code

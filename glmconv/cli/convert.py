@@ -43,7 +43,8 @@ def command(ctx: click.Context, /, src: str, dst: Path | None, to: tuple[str, ..
         return show_plan(out, src, dst, to, options, 1, 1)
     targets = parse_targets(to, dst)
     with stoppable() as stop, out.bar("convert") as (started, progress):
-        done = convert(src, targets, options=options, started=started, progress=progress, stop=stop)
+        done = convert(src, targets, options=options, started=started, progress=progress, stop=stop, log=out.detail)
+    out.detail(f"{done.workers} workers, {done.tensors:,} tensors of {src}")
     for note in done.notes:
         out.note(f"note: {note}")
     if this_rank() != 0:

@@ -1,7 +1,7 @@
 """The stack, the memo and the accounts of one run over one pickle; `pickle_reader` has the opcodes.
 
-A container may be filled only while it is being made: once it stands in another one it is finished, so there are no cycles, and depths are
-exact. Nothing that was made dies before the end (no slot, key or state is overwritten), so ids stay their own.
+A container may be filled only while it is being made: once it stands in another one or is asked for again it is finished, so there are no
+cycles, and depths are exact. Nothing that was made dies before the end (no slot, key or state is overwritten), so ids stay their own.
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ class Machine:
                 slot = data[at + 1] if code == 0x68 else int.from_bytes(data[at + 1 : at + 5], "little")
                 at += 2 if code == 0x68 else 5
                 value = memo[slot] if slot < len(memo) else self._get_far(slot, at)
-                if id(value) in filling:
-                    self.fail("a container is put into itself", at)
+                filling.discard(id(value))  # two may share it; whoever fills it from here on might put it into itself
                 stack.append(value)
                 if type(value) is Global and id(value) in self.kinds:
                     at = self._size_call(value, at)

@@ -100,6 +100,7 @@ def open_folder(path: Path, options: OpenOptions) -> Opened:
     wanted = expected(config, aliases=aliases, mtp=options.mtp, file=origin.config_file or place.iteration)
     opened_names = sorted({chunk.relative_path for stored in metadata.tensors.values() for chunk in stored.chunks})
     files = {name: (folder.open(name), number) for number, name in enumerate(opened_names)}
+    refuse_cut(metadata, {name: file.size for name, (file, _) in files.items()}, place.iteration)
     keys = {key: stored for key, stored in metadata.tensors.items() if not is_trainers(key)}
     matched = Matched(wanted.model, keys, files)
     tensors, wrong = matched.readers(config)
@@ -116,6 +117,17 @@ def open_folder(path: Path, options: OpenOptions) -> Opened:
         side_files=origin.side_files,
         layout=origin.layout, notes=(*origin.notes, *notes), stored_bytes=sum(_bytes(stored) for stored in keys.values()),
     )  # fmt: skip
+
+
+def refuse_cut(metadata: DcpMetadata, sizes: Mapping[str, int], folder: Path) -> None:
+    """SourceError for the first tensor with a chunk that does not lie inside its file: half a download is no checkpoint, whatever is read of it."""
+    for key, stored in metadata.tensors.items():
+        for chunk in stored.chunks:
+            if chunk.offset + chunk.length > sizes[chunk.relative_path]:
+                raise SourceError(
+                    f"has {sizes[chunk.relative_path]:,} bytes, but the tensor lies at {chunk.offset:,} to {chunk.offset + chunk.length:,}.",
+                    file=folder / chunk.relative_path, tensor=key, hint="Is the copy complete?",
+                )  # fmt: skip
 
 
 def check_backend(folder: InputFolder) -> None:

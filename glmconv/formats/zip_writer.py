@@ -27,9 +27,9 @@ class Record:
     size: int
     offset: int
 
-    def zip64(self) -> bytes:
-        """The extra field with what does not fit into 32 bits."""
-        values = [self.size, self.size] if self.size >= WIDE else []
+    def zip64(self, packed: int | None = None) -> bytes:
+        """The extra field with what does not fit into 32 bits. `packed` is the stored size: the local header does not know it yet and says 0."""
+        values = [self.size, self.size if packed is None else packed] if self.size >= WIDE else []
         values += [self.offset] if self.offset >= WIDE else []
         return struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values) if values else b""
 
@@ -49,7 +49,7 @@ class ZipWriter:
     def header(self, name: str, size: int) -> int:
         """A record's local header, padded so that its content is aligned; returns the header's offset."""
         offset = self.at
-        wide = Record(name, 0, size, offset).zip64()
+        wide = Record(name, 0, size, offset).zip64(packed=0)
         padding = -(offset + 30 + len(name) + len(wide) + 4) % ALIGNMENT
         extra = wide + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
         self.put(struct.pack("<4s5H3I2H", LOCAL, 0, FLAGS if size else UTF8, 0, 0, 0, 0, 0, 0, len(name), len(extra)) + name.encode("ascii") + extra)
