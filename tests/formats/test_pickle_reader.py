@@ -100,6 +100,10 @@ HOSTILE = {
     "doubled tuple": b"\x80\x02K\x01" + b"2\x86" * 100_000 + b".",
     "marks": b"\x80\x02" + b"(" * 1_000_000 + b".",
     "pops": b"\x80\x02" + b"0" * 100 + b".",
+    "a list in itself": b"\x80\x02]q\x00h\x00a.",
+    "a list in its own item": b"\x80\x02]q\x00]h\x00aa.",
+    "a list that grows once it is shared": b"\x80\x02]q\x00]q\x01(h\x00h\x00e0h\x00Na.",
+    "a record in its own state": b"\x80\x02cargparse\nNamespace\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb.",
     "wrapped upwards": b"\x80\x02]q\x00" + b"]h\x00aq\x00" * 1000 + b".",
 }
 
@@ -113,8 +117,11 @@ def test_a_hostile_pickle_is_refused_at_once(name: str) -> None:
     assert len(caught.value.line) < 500
 
 
+SHARED = [1, 2]
 BENIGN = {
     "protocol 5": b"\x80\x05N.",
+    "a list under two keys": pickle.dumps({"a": SHARED, "b": SHARED}, 2),
+    "a list twice in a list": pickle.dumps([SHARED, SHARED], 4),
     "60 deep": b"\x80\x02" + b"]" * 60 + b"a" * 59 + b".",
     "a tuple of numbers as a key": b"\x80\x02}K\x01K\x02\x86Ns.",
     "16 byte integer": b"\x80\x02\x8a\x10" + b"\x01" * 16 + b".",
