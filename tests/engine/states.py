@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from glmconv.engine.run import Target, run
-
 from glmconv.engine import journal
 from glmconv.engine.journal import MANIFEST, STATE, Layout
 from glmconv.engine.manifest import load_manifest
 from glmconv.engine.plan import Plan, sha256
+from glmconv.engine.run import Target, run
 from tests.engine.aftermath import OUTCOMES
 from tests.engine.made import CHUNK, MadeSource, expected, made_plan
 from tests.engine.simulated import PowerLoss, SimulatedDisk
