@@ -12,9 +12,9 @@ GLMCONV = (sys.executable, "-m", "glmconv")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
 
-def called(*arguments: object, **how: object) -> subprocess.CompletedProcess[str]:
+def called(*arguments: object, program: tuple[str, ...] = GLMCONV[1:], **how: object) -> subprocess.CompletedProcess[str]:
     """`glmconv` to its end, with what it said."""
-    command = [*GLMCONV, *map(str, arguments)]
+    command = [sys.executable, *program, *map(str, arguments)]
     return subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, **{"capture_output": True, "text": True, "timeout": 120, **how})  # type: ignore[call-overload,no-any-return]
 
 
