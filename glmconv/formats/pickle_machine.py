@@ -1,7 +1,8 @@
 """The stack, the memo and the accounts of one run over one pickle; `pickle_reader` has the opcodes.
 
-A container may be filled only while it is being made: once it stands in another one or is asked for again it is finished, so there are no
-cycles, and depths are exact. Nothing that was made dies before the end (no slot, key or state is overwritten), so ids stay their own.
+A container may be filled only while it is being made: once it stands in another one or is asked for again it is finished. So there are no
+cycles, and its measure is exact: how deep it is nested (the low 7 bits) and how many items a walk over it would meet, shared ones each time
+(the rest). Nothing that was made dies before the end (no slot, key or state is overwritten), so ids stay their own.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ class Machine:
         self.memo: list[object] = []  # slots in the order of their numbers, as picklers give them
         self.far: dict[int, object] = {}  # all others
         self.open: set[int] = set()  # ids of the containers that are still being filled
-        self.depths: dict[int, int] = {}  # ids of containers that are deep or large
+        self.measures: dict[int, int] = {}  # by ids of containers that are deep or large
         self.kept: list[object] = []  # what would die and leave its id to another
         self.kinds: dict[int, str] = {}  # ids of the names whose calls are plain data
         self.sizes: dict[bytes, tuple[int, ...]] = {}  # opcodes of shapes that came before
-        self.latest, self.latest_depth = 0, 0  # id and depth of the container that was just filled
-        self.steps, self.memory = budget.steps, budget.memory
+        self.latest, self.latest_measure = 0, 0  # id and measure of the container that was just filled
+        self.steps, self.memory, self.walk = budget.steps, budget.memory, budget.steps
         self.number_keys = NUMBER_KEYS
 
     def fail(self, what: str, at: int | None = None) -> NoReturn:
@@ -206,43 +207,49 @@ class Machine:
         self.stack.append(value)
 
     def close(self, items: Sequence[object]) -> int:
-        """The depth of the deepest of `items`, which are finished from now on."""
+        """The measure of `items` together, which are finished from now on. One more is that of a container of them."""
+        weight = len(items)
         if NESTING.isdisjoint(map(type, items)):
-            return 0
+            return weight << 7
         deepest = 0
         for item in items:
             if type(item) in NESTING:
                 self.open.discard(id(item))
-                depth = self._depth(item)
-                if depth > deepest:
-                    deepest = depth
-        if deepest >= DEEPEST:
-            self.fail(f"values are nested more than {DEEPEST} deep")
-        return deepest
+                measure = self._measure(item)
+                weight += measure >> 7
+                if measure & 127 > deepest:
+                    deepest = measure & 127
+        if deepest >= DEEPEST or weight > self.walk:
+            self.fail(f"values are nested more than {DEEPEST} deep, or doubled again and again")
+        return weight << 7 | deepest
 
-    def _depth(self, value: object) -> int:
+    def _measure(self, value: object) -> int:
         if type(value) is Object or type(value) is PersistentId:
-            return value.depth
+            return value.measure
         number = id(value)
         if number == self.latest:
-            return self.latest_depth
-        known = self.depths.get(number)
+            return self.latest_measure
+        known = self.measures.get(number)
         if known is None:  # small, so this is cheap; finished, so it does not change
             assert isinstance(value, (list, tuple, dict))
-            known = 1 + self.close([*value, *value.values()] if isinstance(value, dict) else value)
+            known = self.close([*value, *value.values()] if isinstance(value, dict) else value) + 1
             self._remember(value, known)
         return known
 
-    def _remember(self, value: tuple[object, ...] | list[object] | dict[object, object], depth: int) -> None:
-        number = id(value)
-        if depth > 1 or len(value) > SMALL:
-            depth = self.depths[number] = max(depth, self.depths.get(number, 0))
-        self.latest, self.latest_depth = number, depth
+    def _remember(self, value: tuple[object, ...] | list[object] | dict[object, object], measure: int) -> None:
+        if measure & 127 > 1 or len(value) > SMALL:
+            self.measures[id(value)] = measure
+        self.latest, self.latest_measure = id(value), measure
+
+    def _added(self, value: list[object] | dict[object, object], before: int, added: int) -> None:
+        """Note the measure of a container that had `before` items and was given some of the measure `added`."""
+        known = self.measures.get(id(value), before << 7 | 1)
+        self._remember(value, (known >> 7) + (added >> 7) << 7 | max(known & 127, (added & 127) + 1))
 
     def forget(self, value: object) -> None:
         """Free the note on a small container that a record has swallowed: asked for again, it would be measured again."""
         if isinstance(value, (tuple, dict)) and len(value) <= SMALL:
-            self.depths.pop(id(value), None)
+            self.measures.pop(id(value), None)
 
     def push_tuple(self, items: Sequence[object]) -> None:
         self.charge(48 + 40 * len(items))
@@ -252,14 +259,14 @@ class Machine:
 
     def extend(self, target: object, items: list[object]) -> None:
         self.charge(40 * len(items))
-        depth = self.close(items) + 1
+        added = self.close(items)
         if isinstance(target, list):
             target.extend(items)
-            self._remember(target, depth)
+            self._added(target, len(target) - len(items), added)
         elif isinstance(target, Object):
             target.elements = target.elements or []
             target.elements.extend(items)
-            target.depth = max(target.depth, depth)
+            target.add(added)
         else:
             self.fail("items are appended to no list")
 
@@ -267,10 +274,10 @@ class Machine:
         if len(items) % 2:
             self.fail("a key without a value")
         self.charge(80 * len(items))
-        depth = self.close(items) + 1
+        added = self.close(items)
         if isinstance(target, Object):
             target.items = target.items or {}
-            target.depth = max(target.depth, depth)
+            target.add(added)
         into = target.items if isinstance(target, Object) else target
         if not isinstance(into, dict):
             self.fail("items are set on no dict")
@@ -281,7 +288,7 @@ class Machine:
         if len(into) != before + len(items) // 2:
             self.fail("a dict has a key twice")
         if into is target:
-            self._remember(into, depth)
+            self._added(into, 2 * before, added)
 
     def key(self, key: object) -> object:
         """A string, a number, or a record standing for itself: hashing a tuple of tuples can take for ever."""
@@ -306,8 +313,7 @@ class Machine:
         if not args:
             self.push_open(Object(cls))
             return
-        depth = self.close([args]) + 1
-        self.push_open(Object(cls, args, None, None, None, depth))
+        self.push_open(Object(cls, args, None, None, None, self.close([args]) + 1))
         self.forget(args)
 
     def _call_plain(self, kind: str, args: tuple[object, ...]) -> bool:
@@ -338,14 +344,14 @@ class Machine:
         """Set a state. What is plain data by now has no place for one; it is only kept alive."""
         state = self.pop()
         target = self.target()
-        depth = self.close([state]) + 1
+        added = self.close([state])
         if not isinstance(target, Object):
             self.kept.append(state)
             return
         if target.state is not None:
             self.fail("a state is set twice")
         target.state = state
-        target.depth = max(target.depth, depth)
+        target.add(added)
         self.forget(state)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What one pickle may cost: opcodes, and roughly the bytes of memory that its values take."""
+    """What one pickle may cost: opcodes, which is also how many items a walk over the result may meet, and roughly the bytes of its values."""
 
     steps: int
     memory: int
@@ -33,7 +33,11 @@ class Object:
     state: object = None
     items: dict[object, object] | None = None
     elements: list[object] | None = None
-    depth: int = 1
+    measure: int = 1  # see pickle_machine
+
+    def add(self, measure: int) -> None:
+        """Count what was put into it."""
+        self.measure = (self.measure >> 7) + (measure >> 7) << 7 | max(self.measure & 127, (measure & 127) + 1)
 
     def field(self, name: str) -> object:
         """A member of the state, if the state is a dict."""
@@ -48,7 +52,7 @@ class PersistentId:
     """A reference to something beside the pickle, such as a tensor's storage."""
 
     value: object
-    depth: int = 1
+    measure: int = 1
 
 
 # Calls whose result is plain data. Sets become lists; protocol 2 spells bytes as text that is to be encoded.
