@@ -196,9 +196,9 @@ def brisk() -> Iterator[None]:
     """Twice as many states a second: each document is parsed once (what the parser refuses has its own tests), garbage is collected rarely."""
     parse, threshold, parsed = journal.parse, gc.get_threshold(), dict[bytes, object]()
 
-    def parse_once(data: bytes, *, file: object, limit: int) -> object:
+    def parse_once(data: bytes, *, file: object, **limits: int) -> object:
         if data not in parsed:
-            parsed[data] = parse(data, file=file, limit=limit)
+            parsed[data] = parse(data, file=file, **limits)
         return parsed[data]
 
     journal.parse = parse_once
