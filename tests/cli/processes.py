@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -31,3 +33,17 @@ def may_mount() -> bool:
         return alone("mount -t tmpfs -o size=64k tmpfs /mnt").returncode == 0
     except OSError:
         return False
+
+
+def records(there: Path) -> list[Path]:
+    """One for each file that a run has finished."""
+    return list(there.glob(".glmconv/*.journal/*.json"))
+
+
+def when(child: subprocess.Popen[str], come: Callable[[], bool]) -> None:
+    """Return as soon as something has come about, which must be before the child ends."""
+    while not come():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(0.002)
+            out, err = child.communicate()
+            raise AssertionError(f"it ended with {child.returncode} before: {out}{err}")
