@@ -14,6 +14,7 @@ from glmconv.archs import Model, TensorSpec
 MODEL_KEYS = ("embedding.", "decoder.", "output_layer.", "mtp.", "language_model.", "visual.")
 TRAINER_KEYS = re.compile(r"(^|\.)(optimizer|chained_\d+|opt_param_scheduler|rng_state|rerun_state_machine_state|common_state)(\.|/|$)")
 STATELESS = ("mlp.router", "embedding.word_embeddings", "output_layer")  # modules without Transformer Engine's `_extra_state`
+COMMON_STATE = "common_state/shard_"  # Megatron-Core from 0.19 on keeps a run's arguments in this object, before that in common.pt
 LAYER_KEY = re.compile(r"^(?P<prefix>(?:[a-z_]+\.)*decoder\.layers\.)(?P<layer>\d+)\.(?P<rest>.+)$")
 
 
@@ -94,12 +95,12 @@ def stacked_spelling(key: str) -> tuple[str, int] | None:
 
 def is_optimizers(key: str) -> bool:
     """Whether a key is a trainer's own state other than the objects that modules keep beside their weights."""
-    return bool(TRAINER_KEYS.search(key))
+    return bool(TRAINER_KEYS.search(key)) and not key.startswith(COMMON_STATE)
 
 
 def is_trainers(key: str) -> bool:
     """Whether a key is a trainer's own state: optimizer, schedule, random numbers. Skipped by name, never read."""
-    return is_optimizers(key) or "_extra_state" in key
+    return is_optimizers(key) or key.startswith(COMMON_STATE) or "_extra_state" in key
 
 
 def extra_states(tensors: Mapping[str, MegatronTensor]) -> Iterator[tuple[str, str]]:

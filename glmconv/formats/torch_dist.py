@@ -21,7 +21,7 @@ from glmconv.formats.dcp import DcpMetadata, StoredTensor, read_metadata
 from glmconv.formats.dcp_rows import Boxes, ChunkedRows, Stretch
 from glmconv.formats.format import FileLayout, Format, Opened, OpenOptions, RowReader
 from glmconv.formats.megatron_args import to_config
-from glmconv.formats.megatron_keys import MegatronTensor, is_optimizers, is_trainers, megatron_tensors, spellings, stacked_spelling
+from glmconv.formats.megatron_keys import COMMON_STATE, MegatronTensor, is_optimizers, is_trainers, megatron_tensors, spellings, stacked_spelling
 from glmconv.formats.origin import Origin, find_origin
 from glmconv.formats.run_config import read_run_config
 from glmconv.formats.side_files import CONFIG
@@ -276,7 +276,7 @@ def recorded_args(folder: InputFolder, metadata: DcpMetadata) -> tuple[Mapping[s
         common = read_common(lambda at, size: file.read(at, size), file.size, file=folder.root / COMMON)
         if isinstance(common.get("args"), Mapping):
             return common["args"], COMMON  # type: ignore[return-value]
-    state = next((metadata.objects[key] for key in metadata.objects if key.startswith("common_state/shard_")), None)
+    state = next((metadata.objects[key] for key in metadata.objects if key.startswith(COMMON_STATE)), None)
     if state is not None:
         file = folder.open(state.relative_path)
         begin = state.offset
