@@ -26,6 +26,8 @@ CHUNKS = 1 << 20
 KEY_LONGEST = 1024
 RANK = 8
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,200}\.distcp\Z")
+# How the pickle of a Metadata begins, whatever its protocol. Looked at first: a large budget is for what looks like one.
+BEGINNING = re.compile(rb"\x80[\x02-\x05](\x95.{8})?(c|\x8c.)(torch\.distributed\.checkpoint\.metadata|megatron\.[\w.]{1,200})[\n\x94q]", re.DOTALL)
 Size = tuple[int, ...]
 
 
@@ -54,6 +56,8 @@ class _Metadata:
         raise SourceError(what, file=self.file, tensor=key)
 
     def read(self, data: bytes) -> DcpMetadata:
+        if not BEGINNING.match(data):
+            self.fail("is not a checkpoint's metadata.")
         root = read_pickle(data, file=self.file, limit=LARGEST, budget=BUDGET)
         if not isinstance(root, Object) or not _is_root(root.cls):
             self.fail("is not a checkpoint's metadata.")

@@ -101,7 +101,10 @@ class Machine:
     def _result(self) -> object:
         if self.at != len(self.data) or self.marks or len(self.stack) != 1:
             self.fail("something is left when it ends")
-        return self.stack.pop()
+        value = self.stack.pop()
+        if type(value) in NESTING and self._measure(value) >> 7 > self.walk:
+            self.fail("its values are doubled again and again")
+        return value
 
     def _put(self, slot: int, at: int) -> None:
         if slot == len(self.memo) and not self.far:

@@ -17,7 +17,7 @@ __all__ = ["LARGEST", "PLAIN_BUDGET", "Budget", "Global", "Object", "PersistentI
 
 LARGEST = 256 << 20
 TEXT_LARGEST = 1 << 20
-PLAIN_BUDGET = Budget(2_000_000, 64 << 20)
+PLAIN_BUDGET = Budget(1_000_000, 48 << 20)  # a run's arguments take some 10,000 opcodes
 
 
 def _number(size: int, signed: bool = False) -> Step:

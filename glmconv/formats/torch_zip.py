@@ -158,7 +158,7 @@ def _storage(storage: object, tensor: Object, file: object) -> tuple[DType, str,
         if rest:
             raise _not_a_tensor(file, "a tensor whose storage ends within an element")
     if dtype is None:
-        raise _not_a_tensor(file, f"a tensor of an unknown kind ({cls})")
+        raise _not_a_tensor(file, f"a tensor of an unknown kind ({str(cls)[:100]})")
     return dtype, key, count
 
 
