@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -143,10 +142,6 @@ READERS: dict[str, tuple[Callable[[bytes], object], list[bytes]]] = {
     "metadata": (lambda data: read_metadata(data, "m"), [metadata(), pickle.dumps(pickle.loads(metadata()), 4)]),
     "blob": (tensor_blob, BLOBS),
     "common": (lambda data: read_common(at(data), len(data), file="common.pt"), [COMMON]),
-    "pickle in a zip": (
-        lambda data: tensor_blob(zipped(parts(**{"data.pkl": data}))),
-        [zipfile.ZipFile(io.BytesIO(blob)).read("archive/data.pkl") for blob in BLOBS],
-    ),
 }
 
 
