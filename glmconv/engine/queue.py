@@ -62,9 +62,8 @@ class StoreQueue:
         """Say that this job's file is complete."""
         self._ask(lambda: self._store.set(f"{self._key}done/{job}", "1"))
 
-    def reported(self, *jobs: int) -> bool:
-        """Whether some rank of this run has found or made each of these jobs' files complete."""
-        return self._ask(lambda: self._store.check([f"{self._key}done/{job}" for job in jobs]))
+    def reported(self, job: int) -> bool:
+        return self._ask(lambda: self._store.check([f"{self._key}done/{job}"]))
 
     def beat(self) -> None:
         """Say that this rank is at work; at most once a second something is sent."""

@@ -17,7 +17,7 @@ from glmconv.engine.jobs import Buffer, Job
 from glmconv.engine.journal import MANIFEST, Record, claimed_by, load_record
 from glmconv.engine.manifest import manifest_of
 from glmconv.engine.plan import OutputFile, RowSource, sha256
-from glmconv.engine.preflight import State, Target, is_finished, preflight, resolved, state_of
+from glmconv.engine.preflight import State, Target, is_finished, preflight, state_of
 from glmconv.engine.queue import JobQueue, StoreQueue, open_queue
 from glmconv.errors import DestinationError, Interrupted, OutputError, SourceError
 
@@ -82,7 +82,6 @@ def run(
     """
     disk = disk or Disk()
     run_id = secrets.token_hex(8)
-    targets = [resolved(target) for target in targets]
     try:
         preflight(targets, source_root=source_root, disk=disk, resume=resume, overwrite=overwrite)
         places = [Place(t, Destination(disk, t.root, t.plan, run_id, log or _silent), is_finished(t, disk)) for t in targets]
@@ -105,8 +104,10 @@ def run(
             crew.work()
             crew.settle()
             crew.finish()
-    finally:
+    except Exception:
         crew.sweep()
+        raise
+    crew.sweep()
     return [place.outcome for place in places]
 
 
@@ -198,18 +199,10 @@ class Crew:
             self.serve()
             return
         threads = [threading.Thread(target=self.guarded, name=f"worker-{n}") for n in range(count)]
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        except BaseException as problem:  # a Ctrl-C that nobody made a `stop`, or no thread to be had: the others must not go on
-            with self.lock:
-                self.failed.append(problem)
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
-            raise
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
         if self.failed:
             raise self.failed[0]
 
@@ -248,16 +241,12 @@ class Crew:
             self.store.beat()
 
     def settle(self) -> None:
-        """Make sure that every job is done, by whichever rank: wait for those at work, take over from those that are gone.
-
-        A record is not enough: it may be an earlier run's, of a file that was damaged since and that another rank is about to mend.
-        """
-        store = self.store
-        if store is None:
+        """Make sure that every job is done, by whichever rank: wait for those at work, take over from those that are gone."""
+        if self.store is None:
             return
         buffer = Buffer(self.chunk_size)
-        while missing := [n for n in range(len(self.jobs)) if not store.reported(n)]:
-            if not self.wait(lambda missing=missing: store.reported(*missing)):  # type: ignore[misc]
+        while missing := [n for n in range(len(self.jobs)) if not self.store.reported(n) and not self.recorded(n)]:
+            if not self.wait(lambda missing=missing: all(self.recorded(n) for n in missing)):  # type: ignore[misc]
                 for number in missing:
                     self.do(number, buffer)
 
