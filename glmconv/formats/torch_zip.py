@@ -14,11 +14,12 @@ from glmconv.dtypes import BY_NAME, BY_STORAGE, DType
 from glmconv.errors import SourceError
 from glmconv.formats.pickle_reader import LARGEST, PLAIN_BUDGET, Budget, Global, Object, PersistentId, read_pickle
 from glmconv.formats.pickle_writer import rebuilt_tensor, write_pickle
-from glmconv.formats.zip_directory import Archive, ReadAt, read_archive
+from glmconv.formats.zip_directory import Archive, Entry, ReadAt, read_archive
 from glmconv.formats.zip_writer import Record, ZipWriter
 
 # What PyTorchStreamWriter's hash of the record names gives, with and without one tensor; the second half of the id is that of their CRCs.
 NAMES_WITH_TENSOR, NAMES_WITHOUT = "15728199511854643026", "02908468677762923104"
+SMALL_RECORD = 64
 TENSOR_PICKLE_LARGEST = 1 << 16  # that of one tensor is about 200 bytes long
 TENSOR_BUDGET = Budget(20_000, 1 << 22)
 REBUILD = tuple(Global("torch._utils", name) for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3"))
@@ -183,8 +184,16 @@ def _pickle(archive: Archive, file: object, largest: int, budget: Budget) -> obj
     order = archive.entries.get(f"{archive.prefix}/byteorder")
     if order is not None and archive.read(order, 16) != b"little":
         raise SourceError("was saved on a big-endian machine.", file=file)
+    for entry in archive.entries.values():
+        if entry.size <= SMALL_RECORD:  # torch checks the versions and the id; without their CRC they would not be looked at
+            _check_crc(archive.read(entry, SMALL_RECORD), entry, file)
     entry = archive.entries[f"{archive.prefix}/data.pkl"]
     data = archive.read(entry, largest)
-    if entry.crc32 and entry.crc32 != zlib.crc32(data):  # 0 where torch was told to compute none
-        raise SourceError("is damaged: its pickle has another CRC-32 than its directory says.", file=file, hint="Copy or save it again.")
+    _check_crc(data, entry, file)
     return read_pickle(data, file=file, limit=largest, budget=budget)
+
+
+def _check_crc(data: bytes, entry: Entry, file: object) -> None:
+    """0 stands where torch was told to compute none (torch.serialization.set_crc32_options)."""
+    if entry.crc32 and entry.crc32 != zlib.crc32(data):
+        raise SourceError(f"is damaged: {entry.name} has another CRC-32 than its directory says.", file=file, hint="Copy or save it again.")

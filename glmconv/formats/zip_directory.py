@@ -15,6 +15,7 @@ from glmconv.errors import SourceError
 
 ReadAt = Callable[[int, int], bytes]
 ENTRIES = 4096
+FOLDER = 0x10  # of the attributes; torch's reader (miniz) reads nothing from such a record and returns what the memory held
 TAIL = 98  # end record (22), zip64 locator (20) and zip64 end record (56); torch writes no comment
 DIRECTORY_LARGEST = 1 << 20
 WINDOW = 2048  # a tensor's blob has about 700 bytes before its elements and 1,000 behind them
@@ -129,10 +130,12 @@ def _entry(central: bytes, at: int, reader: Reader) -> tuple[Entry, int]:
     if at + 46 > len(central) or central[at : at + 4] != b"PK\x01\x02":
         reader.fail("its directory is broken")
     flags, method, _, _, crc32, packed, size, name_length, extra_length, comment, disk = struct.unpack("<4H3I4H", central[at + 8 : at + 36])
-    offset = struct.unpack("<I", central[at + 42 : at + 46])[0]
+    attributes, offset = struct.unpack("<2I", central[at + 38 : at + 46])
     end = at + 46 + name_length + extra_length
     if method or flags & ~0x0808 or comment or disk or end > len(central) or not 1 <= name_length <= 512:
         reader.fail("a record is compressed, encrypted or broken")
+    if attributes & FOLDER:
+        reader.fail("a record is a folder")
     wide = [size, packed, offset]
     missing = wide.count(0xFFFFFFFF)
     extra = central[end - extra_length : end]

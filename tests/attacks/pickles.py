@@ -192,7 +192,7 @@ def zipped(parts: list[Part], end: Mapping[str, int] = MappingProxyType({}), beh
     for part in parts:
         truth: dict[str, int | str] = {
             "flags": 0, "method": 0, "crc": zlib.crc32(part.content), "packed": len(part.content), "size": len(part.content),
-            "name": part.name, "offset": len(out), "comment": 0, "disk": 0, "extra": 0,
+            "name": part.name, "offset": len(out), "comment": 0, "disk": 0, "extra": 0, "attributes": 0,
         }  # fmt: skip
         here, there = {**truth, **part.local}, {**truth, **part.central}
         name = str(here["name"]).encode()
@@ -200,7 +200,7 @@ def zipped(parts: list[Part], end: Mapping[str, int] = MappingProxyType({}), beh
         out += struct.pack("<4sH4H3I2H", b"PK\x03\x04", 0, *words) + name + part.content
         name = str(there["name"]).encode()
         words = (there["flags"], there["method"], 0, 0, there["crc"], there["packed"], there["size"], len(name), 0, there["comment"], there["disk"])
-        directory += struct.pack("<4s2H4H3I5H2I", b"PK\x01\x02", 0, 0, *words, 0, 0, there["offset"]) + name
+        directory += struct.pack("<4s2H4H3I5H2I", b"PK\x01\x02", 0, 0, *words, 0, there["attributes"], there["offset"]) + name
     last = {"disk": 0, "first": 0, "here": len(parts), "count": len(parts), "length": len(directory), "start": len(out), "comment": 0, **end}
     return bytes(out + directory) + struct.pack("<4s4H2IH", b"PK\x05\x06", *last.values()) + behind
 
@@ -251,6 +251,7 @@ ZIPS = [
     Attack("an offset behind the end", changed("data/0", "central", offset=1 << 30), GOOD),
     Attack("an offset of another record", changed("data/0", "central", offset=0), GOOD),
     Attack("a record on another disk", changed("data/0", "central", disk=1), GOOD),
+    Attack("a record that is a folder", changed("data/0", "central", attributes=0x10), changed("data/0", "central", attributes=0x20)),
     Attack("a record with a comment", changed("version", "central", comment=5), GOOD),
     Attack("a record twice", zipped([*parts(), Part("archive/data/0", bytes(16))]), GOOD),
     Attack("two pickles", zipped([*parts(), Part("archive/data/data.pkl", b"")]), GOOD),
