@@ -14,7 +14,7 @@ from glmconv.checkpoint import Checkpoint, open_checkpoint
 from glmconv.engine.files import Disk
 from glmconv.engine.plan import Plan, by_source
 from glmconv.engine.preflight import Target, preflight
-from glmconv.engine.queue import JobQueue, number
+from glmconv.engine.queue import JobQueue, ranks_here
 from glmconv.engine.run import Outcome
 from glmconv.engine.run import run as run_plans
 from glmconv.errors import CapacityError, UsageError
@@ -51,16 +51,6 @@ def options_of(chosen: Mapping[str, object]) -> Options:
     """Options from the command line's names and values."""
     known = {name: value for name, value in chosen.items() if name in Options.__dataclass_fields__}
     return Options(**{**known, "mtp": chosen.get("mtp") != "drop"})  # type: ignore[arg-type]
-
-
-def this_rank() -> int:
-    """This process's number among torchrun's or SLURM's ranks; 0 when it works alone."""
-    return number(os.environ, "RANK" if "RANK" in os.environ else "SLURM_PROCID", 0)
-
-
-def ranks_here() -> int:
-    """How many ranks share this machine."""
-    return max(1, number(os.environ, "LOCAL_WORLD_SIZE", 1))
 
 
 @dataclass(frozen=True)
@@ -215,7 +205,17 @@ def convert(
             overwrite=options.overwrite, stop=stop, progress=progress, source_root=source.path, log=log,
         )  # fmt: skip
         facts = {"path": str(source.path), "format": source.format, "model_type": source.arch.spec.model_type}
-        return Converted(outcomes, facts, len(source), len(source.opened.dropped), list(source.opened.notes), has.workers)
+        notes = [*source.opened.notes, *_nonfinite(outcomes)]
+        return Converted(outcomes, facts, len(source), len(source.opened.dropped), notes, has.workers)
+
+
+def _nonfinite(outcomes: Sequence[Outcome]) -> list[str]:
+    """The warning about NaN or Inf that was passed on, if there was any in what this process wrote."""
+    found = {tensor: row for outcome in outcomes for tensor, row in outcome.nonfinite.items()}
+    if not found:
+        return []
+    first = min(found)
+    return [f"{len(found):,} tensors hold NaN or Inf, which was passed on as it is; {first} does in row {found[first]:,}"]
 
 
 def _engine_targets(specs: Sequence[TargetSpec], plans: Sequence[Plan]) -> list[Target]:

@@ -34,7 +34,8 @@ def command(ctx: click.Context, /, src: str, dst: Path | None, to: tuple[str, ..
     The same command again, after any interruption, goes on where it stopped and gives the same bytes.
     """
     from glmconv.cli.sessions import stoppable
-    from glmconv.convert import convert, options_of, this_rank
+    from glmconv.convert import convert, options_of
+    from glmconv.engine.queue import this_rank
     from glmconv.targets import parse_targets
 
     out = output_of(ctx)

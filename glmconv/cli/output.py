@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import TextIO
 
+from glmconv.engine.queue import this_rank
 from glmconv.errors import OutputError
 
 
@@ -63,7 +64,7 @@ class Output:
         kind = self.progress
         if kind == "auto":
             kind = "bar" if sys.stderr.isatty() else "none"
-        if self.quiet or kind == "none" or int(os.environ.get("RANK", "0") or 0):
+        if self.quiet or kind == "none" or this_rank() != 0:
             yield (lambda total: None), (lambda done: None)
             return
         from tqdm import tqdm

@@ -9,11 +9,13 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from glmconv.dtypes import BY_NAME
 from glmconv.engine.commit import Destination, hash_of, write_all
 from glmconv.engine.files import Disk
 from glmconv.engine.journal import Record, StoredTensor, load_record
 from glmconv.engine.plan import OutputFile, Piece, RowSource
 from glmconv.errors import GlmconvError, SourceError
+from glmconv.kernels.nonfinite import first_nonfinite
 
 PAGE = 4096
 
@@ -143,8 +145,11 @@ class Job:
             with contextlib.suppress(OSError):
                 disk.close(fd)
 
-    def write(self, source: RowSource, buffer: Buffer, wrote: Callable[[int], None], check: Callable[[], None]) -> None:
-        """Write, sync, fence, commit, publish. `wrote` is told of bytes as they go out, and of minus as many if they must go out again."""
+    def write(self, source: RowSource, buffer: Buffer, wrote: Callable[[int], None], check: Callable[[], None], nonfinite: dict[str, int]) -> None:
+        """Write, sync, fence, commit, publish. `wrote` is told of bytes as they go out, and of minus as many if they must go out again.
+
+        `nonfinite` gets each canonical tensor in which NaN or Inf went by, with the first row of it.
+        """
         to, file = self.destination, self.file
         staged = to.layout.staged(file.name, to.run_id)
         out = 0
@@ -160,7 +165,7 @@ class Job:
             if out:
                 wrote(-out)
                 out = 0
-            return write_file(file, to, source, Stream(to.disk, fd, buffer, count), buffer)
+            return write_file(file, to, source, Stream(to.disk, fd, buffer, count), buffer, nonfinite)
 
         record = to.staged(staged, fill)
         source.check_unchanged()
@@ -170,7 +175,7 @@ class Job:
         to.drop(staged)
 
 
-def write_file(file: OutputFile, to: Destination, source: RowSource, stream: Stream, buffer: Buffer) -> Record:
+def write_file(file: OutputFile, to: Destination, source: RowSource, stream: Stream, buffer: Buffer, nonfinite: dict[str, int]) -> Record:
     """Header and pieces of `file` into `stream`; the record of what was written."""
     stream.put(file.header)
     tensors = {}
@@ -179,7 +184,7 @@ def write_file(file: OutputFile, to: Destination, source: RowSource, stream: Str
         stream.put(before)
         stream.begin(piece)
         stream.put(piece.literal)
-        copy_rows(piece, source, stream, buffer)
+        copy_rows(piece, source, stream, buffer, nonfinite)
         digest, crc = stream.end()
         if piece.frame:
             stream.put(piece.frame.after(crc))
@@ -190,7 +195,7 @@ def write_file(file: OutputFile, to: Destination, source: RowSource, stream: Str
     return Record(to.plan.id, file.name, stream.size, stream.finish(), tensors)
 
 
-def copy_rows(piece: Piece, source: RowSource, stream: Stream, buffer: Buffer) -> None:
+def copy_rows(piece: Piece, source: RowSource, stream: Stream, buffer: Buffer, nonfinite: dict[str, int]) -> None:
     """The piece's runs, as many whole rows at a time as the buffer has room for. Runs that are small share one fill of it."""
     for run in piece.runs:
         row = source.row_size(run.tensor)
@@ -200,6 +205,8 @@ def copy_rows(piece: Piece, source: RowSource, stream: Stream, buffer: Buffer) -
             rows = min(len(space) // row, run.rows - done)
             part = space[: rows * row]
             read(source, run.tensor, run.start + done, part)
+            if (found := first_nonfinite(part, piece.dtype)) is not None:
+                nonfinite.setdefault(run.tensor, run.start + done + found * BY_NAME[piece.dtype].itemsize // row)
             for alias in piece.equals:
                 compare(source, alias, run.tensor, run.start + done, part, buffer)
             stream.took(len(part))

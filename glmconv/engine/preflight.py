@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class State(Enum):
 
 def preflight(targets: Sequence[Target], *, source_root: Path | None, disk: Disk, resume: bool = True, overwrite: bool = False) -> int:
     """Bytes that are still to be written. Raises DestinationError, CapacityError or UsageError before anything is written."""
+    targets = [resolved(target) for target in targets]
     refuse_overlaps(targets, disk)
     needed: dict[int, int] = defaultdict(int)
     places: dict[int, Path] = {}
@@ -51,6 +53,13 @@ def preflight(targets: Sequence[Target], *, source_root: Path | None, disk: Disk
     for device, size in needed.items():
         refuse_full(places[device], size, disk)
     return sum(needed.values())
+
+
+def resolved(target: Target) -> Target:
+    """The target with its folder's real path: destinations are often reached through links. One that leads nowhere is left, and refused."""
+    if os.path.islink(target.root) and not os.path.isdir(target.root):
+        return target
+    return Target(target.plan, Path(os.path.realpath(target.root)))
 
 
 def state_of(target: Target, disk: Disk, *, resume: bool = True, overwrite: bool = False) -> State:

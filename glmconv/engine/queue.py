@@ -62,8 +62,9 @@ class StoreQueue:
         """Say that this job's file is complete."""
         self._ask(lambda: self._store.set(f"{self._key}done/{job}", "1"))
 
-    def reported(self, job: int) -> bool:
-        return self._ask(lambda: self._store.check([f"{self._key}done/{job}"]))
+    def reported(self, *jobs: int) -> bool:
+        """Whether some rank of this run has found or made each of these jobs' files complete."""
+        return self._ask(lambda: self._store.check([f"{self._key}done/{job}" for job in jobs]))
 
     def beat(self) -> None:
         """Say that this rank is at work; at most once a second something is sent."""
@@ -122,6 +123,16 @@ def open_queue(
     restart = env.get("TORCHELASTIC_RESTART_COUNT", "0")
     key = f"{sha256(name.encode())[:16]}/{restart}"
     return StoreQueue(store, plan_ids, count, rank=rank, ranks=ranks, key=key, hosted=hosted)
+
+
+def this_rank() -> int:
+    """This process's number among torchrun's or SLURM's ranks; 0 when it works alone. UsageError if the environment names no number."""
+    return number(os.environ, "RANK" if "RANK" in os.environ else "SLURM_PROCID", 0)
+
+
+def ranks_here() -> int:
+    """How many ranks share this machine."""
+    return max(1, number(os.environ, "LOCAL_WORLD_SIZE", 1))
 
 
 def number(env: Mapping[str, str], key: str, default: int) -> int:

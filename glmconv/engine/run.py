@@ -7,7 +7,7 @@ import errno
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from glmconv.engine.jobs import Buffer, Job
 from glmconv.engine.journal import MANIFEST, Record, claimed_by, load_record
 from glmconv.engine.manifest import manifest_of
 from glmconv.engine.plan import OutputFile, RowSource, sha256
-from glmconv.engine.preflight import State, Target, is_finished, preflight, state_of
+from glmconv.engine.preflight import State, Target, is_finished, preflight, resolved, state_of
 from glmconv.engine.queue import JobQueue, StoreQueue, open_queue
 from glmconv.errors import DestinationError, Interrupted, OutputError, SourceError
 
@@ -29,7 +29,10 @@ REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What this process did for one target; other ranks may have written the rest."""
+    """What this process did for one target; other ranks may have written the rest.
+
+    `nonfinite` are the canonical tensors in which it passed NaN or Inf on, with the first row of each.
+    """
 
     target: Target
     files_written: int
@@ -38,6 +41,7 @@ class Outcome:
     already_done: bool
     manifest: Path
     moved_aside: Path | None = None
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -50,12 +54,13 @@ class Place:
     moved_aside: Path | None = None
     written: list[OutputFile] = field(default_factory=list)
     kept: int = 0
+    nonfinite: dict[str, int] = field(default_factory=dict)
 
     @property
     def outcome(self) -> Outcome:
         size = sum(file.size for file in self.written)
         root = self.target.root
-        return Outcome(self.target, len(self.written), self.kept, size, self.done, root / MANIFEST, self.moved_aside)
+        return Outcome(self.target, len(self.written), self.kept, size, self.done, root / MANIFEST, self.moved_aside, self.nonfinite)
 
 
 def run(
@@ -82,6 +87,7 @@ def run(
     """
     disk = disk or Disk()
     run_id = secrets.token_hex(8)
+    targets = [resolved(target) for target in targets]
     try:
         preflight(targets, source_root=source_root, disk=disk, resume=resume, overwrite=overwrite)
         places = [Place(t, Destination(disk, t.root, t.plan, run_id, log or _silent), is_finished(t, disk)) for t in targets]
@@ -104,10 +110,8 @@ def run(
             crew.work()
             crew.settle()
             crew.finish()
-    except Exception:
+    finally:
         crew.sweep()
-        raise
-    crew.sweep()
     return [place.outcome for place in places]
 
 
@@ -199,10 +203,18 @@ class Crew:
             self.serve()
             return
         threads = [threading.Thread(target=self.guarded, name=f"worker-{n}") for n in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except BaseException as problem:  # a Ctrl-C that nobody made a `stop`, or no thread to be had: the others must not go on
+            with self.lock:
+                self.failed.append(problem)
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+            raise
         if self.failed:
             raise self.failed[0]
 
@@ -229,7 +241,7 @@ class Crew:
             with self.lock:
                 place.kept += 1
         else:
-            job.write(self.source, buffer, self.progress, self.beat)
+            job.write(self.source, buffer, self.progress, self.beat, place.nonfinite)
             with self.lock:
                 place.written.append(job.file)
         if self.store:
@@ -241,12 +253,16 @@ class Crew:
             self.store.beat()
 
     def settle(self) -> None:
-        """Make sure that every job is done, by whichever rank: wait for those at work, take over from those that are gone."""
-        if self.store is None:
+        """Make sure that every job is done, by whichever rank: wait for those at work, take over from those that are gone.
+
+        A record is not enough: it may be an earlier run's, of a file that was damaged since and that another rank is about to mend.
+        """
+        store = self.store
+        if store is None:
             return
         buffer = Buffer(self.chunk_size)
-        while missing := [n for n in range(len(self.jobs)) if not self.store.reported(n) and not self.recorded(n)]:
-            if not self.wait(lambda missing=missing: all(self.recorded(n) for n in missing)):  # type: ignore[misc]
+        while missing := [n for n in range(len(self.jobs)) if not store.reported(n)]:
+            if not self.wait(lambda missing=missing: store.reported(*missing)):  # type: ignore[misc]
                 for number in missing:
                     self.do(number, buffer)
 

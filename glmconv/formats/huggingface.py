@@ -94,13 +94,13 @@ def read_shards(folder: InputFolder, names: list[str]) -> Shards:
 
 
 def _check_index(root: Path, weight_map: Mapping[str, str], home: Mapping[str, str]) -> None:
-    indexed = set(weight_map.values())
     for tensor, name in weight_map.items():
         if tensor not in home:
             raise SourceError(f"is not in {name}, where the index has it.", file=root / INDEX, tensor=tensor, hint="Download that shard again.")
     for tensor, name in home.items():
-        if tensor not in weight_map and name in indexed:
-            raise SourceError("is not in the index.", file=root / name, tensor=tensor, hint="Is model.safetensors.index.json of this release?")
+        if tensor not in weight_map:
+            hint = f"Is {INDEX} of this release, and {name} too?"
+            raise SourceError("is not in the index.", file=root / name, tensor=tensor, hint=hint)
 
 
 def open_folder(path: Path, options: OpenOptions) -> Opened:

@@ -170,6 +170,16 @@ def unindexed(root: Path) -> None:
     (root / INDEX).unlink()
 
 
+def apart(root: Path) -> None:
+    """A tensor in a shard of its own, which the index does not name."""
+    surgery = Surgery.at(root, NORM)
+    save(root / "extra.safetensors", {NORM: surgery.tensors.pop(NORM)})
+    surgery.close()
+    index = json.loads((root / INDEX).read_bytes())
+    del index["weight_map"][NORM]
+    (root / INDEX).write_text(json.dumps(index))
+
+
 def pickles_only(root: Path) -> None:
     for file in root.glob("*.safetensors"):
         file.unlink()
@@ -349,5 +359,6 @@ KINDS = (
     Bad("a legacy Megatron folder", legacy, 6, "torch_dist"),
     Bad("a config.json alone", config_alone),
     Bad("weights and no index, one shard away", unindexed),
+    Bad("a shard that the index does not name", apart, says="not in the index"),
 )
 BAD = FILES + TENSORS + CONFIGS + KINDS

@@ -470,3 +470,39 @@ def test_an_unfinished_output_is_no_source(tiny, tmp_path, glmconv):
         assert answer.code == 5
         assert "unfinished" in answer.err
     assert glmconv("verify", tiny, tmp_path / "there").code == 5
+
+
+@pytest.mark.parametrize("command", [("convert", "--to", "torch_dist"), ("verify",)])
+def test_a_rank_that_is_no_number_is_exit_2(command, tiny, tmp_path, monkeypatch, glmconv):
+    monkeypatch.setenv("RANK", "abc")
+    there = [tmp_path / "there"] if command[0] == "convert" else [tiny]
+    answer = glmconv(command[0], tiny, *there, *command[1:], "--progress", "bar")
+    assert answer.code == 2
+    assert answer.errors == ["error: RANK=abc in the environment is not a number."]
+    assert not (tmp_path / "there").exists()
+
+
+@pytest.mark.parametrize("there", ["link", "link/below"])
+def test_a_destination_may_be_reached_through_a_link(there, tiny, tmp_path, glmconv):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    assert glmconv("convert", tiny, tmp_path / there, "--to", "torch_dist").code == 0
+    assert (tmp_path / there.replace("link", "disk") / MANIFEST).exists()
+    again = glmconv("convert", tiny, tmp_path / there.replace("link", "disk"), "--to", "torch_dist")
+    assert again.code == 0
+    assert "already done" in again.out
+
+
+def test_values_that_are_not_finite_are_passed_on_and_said(tiny, tmp_path, glmconv):
+    source = copied(tiny, tmp_path / "source")
+    for name, at, bits in (("model.norm.weight", 3, b"\xc0\x7f"), ("model.layers.0.mlp.down_proj.weight", 2, b"\x80\xff")):
+        surgery = Surgery.at(source, name)
+        raw = bytearray(surgery.tensors[name].data)
+        raw[2 * at : 2 * at + 2] = bits
+        surgery.tensors[name].data = bytes(raw)
+        surgery.close()
+    answer = glmconv("convert", source, tmp_path / "there", "--to", "torch_dist")
+    assert answer.code == 0
+    assert "note: 2 tensors hold NaN or Inf, which was passed on as it is; model.layers.0.mlp.down_proj.weight does in row 0" in answer.err
+    assert glmconv("verify", source, tmp_path / "there").code == 0
+    assert "NaN" not in glmconv("convert", tiny, tmp_path / "fine", "--to", "torch_dist").err

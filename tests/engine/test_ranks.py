@@ -1,0 +1,81 @@
+"""Two ranks in one process on a real store: what one may believe of the other."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from torch.distributed import TCPStore
+
+from glmconv.check.verify import verify_output
+from glmconv.engine.files import Disk
+from glmconv.engine.journal import MANIFEST, Layout
+from glmconv.engine.queue import StoreQueue
+from glmconv.engine.run import Target, run
+from glmconv.errors import SourceError
+from tests.engine.made import CHUNK, MadeSource, made_plan
+
+PLAN = made_plan("ranks", files=4)
+SECONDS = 60.0
+
+
+class HeldDisk(Disk):
+    """The real disk; before it replaces a file it says so and waits until it is let go."""
+
+    def __init__(self) -> None:
+        self.reached, self.go = threading.Event(), threading.Event()
+
+    def rename(self, source: Path, target: Path) -> None:
+        if target.name.startswith("shard"):
+            self.reached.set()
+            assert self.go.wait(SECONDS)
+        super().rename(source, target)
+
+
+@pytest.fixture
+def store():
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=SECONDS))
+
+
+def queue(store: TCPStore, rank: int, plan_id: str = PLAN.id) -> StoreQueue:
+    mine = TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
+    return StoreQueue(mine, [plan_id], len(PLAN.files), rank=rank, ranks=2)
+
+
+def test_the_manifest_waits_for_a_file_that_another_rank_is_mending(store, tmp_path):
+    there = tmp_path / "there"
+    run([Target(PLAN, there)], MadeSource(), workers=1, chunk_size=CHUNK)
+    (there / MANIFEST).unlink()  # as if killed just before; every record is there, but one file was damaged since
+    with (there / "shard-00001").open("r+b") as file:
+        file.write(b"X")
+    disk = HeldDisk()
+    errors: list[BaseException] = []
+
+    def rank(number: int) -> None:
+        try:
+            run([Target(PLAN, there)], MadeSource(), workers=1, chunk_size=CHUNK, disk=disk, queue=queue(store, number))
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    assert disk.reached.wait(SECONDS)
+    time.sleep(1.0)  # five times as long as a rank waits between two looks
+    assert not (there / MANIFEST).exists()
+    disk.go.set()
+    for thread in threads:
+        thread.join(SECONDS)
+    assert errors == []
+    assert verify_output(there).same
+    assert not list(Layout(there, PLAN.id).staging.iterdir())
+
+
+def test_a_rank_that_plans_something_else_is_told_so(store):
+    queue(store, 0)
+    with pytest.raises(SourceError, match="another source"):
+        queue(store, 1, "0" * 64)
