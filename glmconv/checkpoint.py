@@ -14,6 +14,7 @@ from glmconv.dtypes import DType
 from glmconv.errors import SourceError, UnsupportedError
 from glmconv.formats import FORMATS
 from glmconv.formats.binding import refuse
+from glmconv.formats.coded import derived
 from glmconv.formats.format import FILE_PREFIX, Opened, OpenOptions, RowReader, row_size
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Checkpoint:
     def _reader(self, name: str) -> RowReader:
         if name.startswith(FILE_PREFIX):
             return self.opened.side_files[name.removeprefix(FILE_PREFIX)]
-        return self.opened.tensors[name]
+        return derived(self.opened.tensors, name) or self.opened.tensors[name]
 
     def row_size(self, tensor: str) -> int:
         reader = self._reader(tensor)

@@ -17,10 +17,11 @@ from glmconv.engine.preflight import Target, preflight
 from glmconv.engine.queue import JobQueue, ranks_here
 from glmconv.engine.run import Outcome
 from glmconv.engine.run import run as run_plans
-from glmconv.errors import CapacityError, UsageError
+from glmconv.errors import CapacityError, SourceError, UsageError
 from glmconv.formats import FORMATS
 from glmconv.formats.format import LayoutOptions
-from glmconv.targets import TargetSpec, parse_targets
+from glmconv.formats.selection import QuantOptions
+from glmconv.targets import TargetSpec, parse_target, parse_targets
 
 CHUNK = 4 << 20
 SMALLEST_CHUNK = 1 << 20
@@ -29,7 +30,12 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Options:
-    """What a conversion may be told. `file_size` in bytes; `max_memory` in bytes of resident memory; `mtp` False drops the MTP layers."""
+    """What a conversion may be told. `file_size` in bytes; `max_memory` in bytes of resident memory; `mtp` False drops the MTP layers.
+
+    For quantized targets: `keep` are regular expressions of tensors to leave as they are, `first_layers_bf16` and `last_layers_bf16` whole
+    layers; `ragged` "quantize" encodes even what no serving engine loads; `serve_tp`, `serve_ep` are the ranks it is to be served on;
+    `nonfinite` "keep" encodes NaN and Inf too instead of refusing them.
+    """
 
     workers: int | None = None
     max_memory: int | None = None
@@ -41,10 +47,23 @@ class Options:
     resume: bool = True
     resume_check: str = "full"
     overwrite: bool = False
+    keep: tuple[str, ...] = ()
+    first_layers_bf16: int = 0
+    last_layers_bf16: int = 0
+    ragged: str = "keep"
+    serve_tp: int = 1
+    serve_ep: int = 1
+    nonfinite: str = "error"
 
     @property
-    def layout(self) -> LayoutOptions:
-        return LayoutOptions(self.file_size, self.chunk_size, self.iteration, self.mtp)
+    def quant(self) -> QuantOptions:
+        return QuantOptions(
+            tuple(self.keep), self.first_layers_bf16, self.last_layers_bf16, self.ragged == "quantize", self.serve_tp, self.serve_ep,
+            self.nonfinite == "error",
+        )  # fmt: skip
+
+    def layout(self, target: TargetSpec) -> LayoutOptions:
+        return LayoutOptions(self.file_size, self.chunk_size, self.iteration, self.mtp, codec=target.codec, quant=self.quant)
 
 
 def options_of(chosen: Mapping[str, object]) -> Options:
@@ -92,7 +111,21 @@ def resident() -> int:
 
 def plan_targets(source: Checkpoint, targets: Sequence[TargetSpec], options: Options) -> list[Plan]:
     """One plan a target: every file of the output, before one weight is read."""
-    return [FORMATS[target.to].plan(source.opened, options.layout) for target in targets]
+    return [FORMATS[target.format].plan(source.opened, options.layout(target)) for target in targets]
+
+
+def plan_again(source: Checkpoint, to: str, chosen: Mapping[str, object]) -> Plan:
+    """The plan of an earlier conversion, by its target and options as its manifest has them. SourceError if they are none of ours."""
+    named = {"ragged": "quantize" if chosen.get("ragged") else "keep", "keep": tuple(str(text) for text in _list(chosen.get("keep")))}
+    known = {name: value for name, value in chosen.items() if name in Options.__dataclass_fields__}
+    try:
+        return plan_targets(source, [parse_target(to, None)], Options(**{**known, **named}))[0]  # type: ignore[arg-type]
+    except (TypeError, UsageError) as error:
+        raise SourceError("has a manifest of a target or with options that this version of glmconv does not know.", file=to) from error
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
 
 
 @dataclass(frozen=True)
@@ -128,7 +161,7 @@ def plan(src: str | Path, to: Sequence[str], dst: Path | None = None, *, options
             disk_needed=needed,
             jobs=sum(len(p.files) for p in plans),
             ranks=balance(source, plans, ranks),
-            notes=list(source.opened.notes),
+            notes=list(dict.fromkeys(note for p in plans for note in p.notes)),
         )
 
 
@@ -145,7 +178,7 @@ def bytes_read(source: Checkpoint, plans: Sequence[Plan]) -> int:
     most = 0
     for made in plans:
         pieces = [piece for file in made.files for piece in file.pieces if piece.runs]
-        most = max(most, sum(piece.payload * (1 + bool(piece.equals)) for piece in pieces))
+        most = max(most, sum(run.rows * source.row_size(run.tensor) * (1 + len(piece.equals)) for piece in pieces for run in piece.runs))
     return most
 
 
@@ -188,12 +221,9 @@ def convert(
     Raises one of `glmconv.errors`; a finished output is never left half changed.
     """
     options = options or Options()
-    specs = [TargetSpec(to, Path(path)) for to, path in targets.items()] if isinstance(targets, Mapping) else list(targets)
+    specs = [parse_target(to, Path(path)) for to, path in targets.items()] if isinstance(targets, Mapping) else list(targets)
     if not specs or any(spec.path is None for spec in specs):
         raise UsageError("every target needs a folder.")
-    for spec in specs:
-        if spec.to not in FORMATS:
-            raise UsageError(f"no format is called {spec.to!r}.", hint=f"Formats: {', '.join(FORMATS)}.")
     with open_checkpoint(src, mtp=options.mtp, origin=options.origin) as source:
         plans = plan_targets(source, specs, options)
         made = _engine_targets(specs, plans)
@@ -205,7 +235,7 @@ def convert(
             overwrite=options.overwrite, stop=stop, progress=progress, source_root=source.path, log=log,
         )  # fmt: skip
         facts = {"path": str(source.path), "format": source.format, "model_type": source.arch.spec.model_type}
-        notes = [*source.opened.notes, *_nonfinite(outcomes)]
+        notes = [*dict.fromkeys(note for p in plans for note in p.notes), *_nonfinite(outcomes)]
         return Converted(outcomes, facts, len(source), len(source.opened.dropped), notes, has.workers)
 
 

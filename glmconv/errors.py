@@ -39,6 +39,7 @@ class GlmconvError(Exception):
             place.append(printable(tensor))
         if offset is not None:
             place.append(f"@{offset}")
+        self.located = bool(place)  # whether it says where; a codec's does not, and who called it adds that
         self.line = ": ".join([*place, printable(what, 2000)]) + (f" {printable(hint, 1000)}" if hint else "")
         super().__init__(self.line)
 

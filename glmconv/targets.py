@@ -1,4 +1,4 @@
-"""What is to be written: `--to torch_dist`, `--to hf=DIR`. Parsed here, looked up in the registry of formats."""
+"""What is to be written: `--to torch_dist`, `--to fp8:ue8m0=DIR`. Parsed here, looked up in the registries of formats and codecs."""
 
 from __future__ import annotations
 
@@ -6,36 +6,58 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from glmconv.codecs import CODECS, codec_of
+from glmconv.codecs.codec import Codec
 from glmconv.errors import UsageError
 from glmconv.formats import FORMATS
 
 SPELLINGS = {"huggingface": "hf", "safetensors": "hf", "megatron": "torch_dist", "torch-dist": "torch_dist"}
+QUANTIZED = "hf"  # the format that quantized targets are written in
 
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """A format and the folder to write it to; `path` None while only planning."""
+    """What to write, and the folder for it; `path` None while only planning. `to` names a format, or a codec with its options."""
 
     to: str
     path: Path | None
 
+    @property
+    def codec(self) -> Codec | None:
+        """The codec, if `to` names one. UsageError for an option that it has not."""
+        return codec_of(self.to) if self.to.partition(":")[0] in CODECS else None
+
+    @property
+    def format(self) -> str:
+        return QUANTIZED if self.codec else self.to
+
+
+def known() -> str:
+    """The targets, for people."""
+    return ", ".join((*FORMATS, *CODECS))
+
+
+def parse_target(to: str, path: Path | None) -> TargetSpec:
+    """UsageError if no target is spelled so."""
+    target = TargetSpec(SPELLINGS.get(to.lower(), to.lower()), path)
+    if target.format not in FORMATS:
+        raise UsageError(f"--to {to}: no target is called so.", hint=f"Targets: {known()}.")
+    return target
+
 
 def parse_targets(texts: Sequence[str], destination: Path | None, *, need_path: bool = True) -> list[TargetSpec]:
-    """`FORMAT` or `FORMAT=DIR`, one or several; a single one may take the destination from its own argument. UsageError if they do not add up."""
+    """`TARGET` or `TARGET=DIR`, one or several; a single one may take the destination from its own argument. UsageError if they do not add up."""
     if not texts:
-        raise UsageError("no target is given.", hint=f"Add --to FORMAT; formats: {', '.join(FORMATS)}.")
+        raise UsageError("no target is given.", hint=f"Add --to TARGET; targets: {known()}.")
     found = []
     for text in texts:
-        form, _, folder = text.partition("=")
-        to = SPELLINGS.get(form.lower(), form.lower())
-        if to not in FORMATS:
-            raise UsageError(f"--to {form}: no format is called so.", hint=f"Formats: {', '.join(FORMATS)}.")
+        to, _, folder = text.partition("=")
+        target = parse_target(to, Path(folder) if folder else destination)
         if folder and destination is not None:
-            raise UsageError("give DST or --to FORMAT=DIR, not both.")
-        path = Path(folder) if folder else destination
-        if path is None and need_path:
-            raise UsageError(f"--to {form}: no folder to write to.", hint=f"Add DST after SRC, or write --to {form}=DIR.")
-        found.append(TargetSpec(to, path))
+            raise UsageError("give DST or --to TARGET=DIR, not both.")
+        if target.path is None and need_path:
+            raise UsageError(f"--to {to}: no folder to write to.", hint=f"Add DST after SRC, or write --to {to}=DIR.")
+        found.append(target)
     if need_path and len({target.path for target in found}) < len(found):
-        raise UsageError("two targets have the same folder.", hint="Write --to FORMAT=DIR for each.")
+        raise UsageError("two targets have the same folder.", hint="Write --to TARGET=DIR for each.")
     return found

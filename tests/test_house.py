@@ -23,7 +23,7 @@ FLOORS = (
     {"engine", "codecs", "archs"},
     {"kernels"},
     {"strict_json"},
-    {"errors", "dtypes"},
+    {"errors", "dtypes", "encoding"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 BANNED = {

@@ -19,6 +19,7 @@ qkv = record("self_attention.linear_qkv.weight", "", **group)
 qkv_bias = record("self_attention.linear_qkv.bias", "", **group)
 fc1 = record("mlp.linear_fc1.weight", gate=ffn, up=ffn)
 shared_fc1 = record("mlp.shared_experts.linear_fc1.weight", gate=shared_ffn, up=shared_ffn)
+shared_fc2 = "mlp.shared_experts.linear_fc2.weight"
 experts_fc1 = record("mlp.experts.experts.linear_fc1.weight", per="expert", gate=moe_ffn, up=moe_ffn)
 experts_fc2 = record("mlp.experts.experts.linear_fc2.weight", per="expert", down=hidden)
 stacked = {p: record(f"ffn_{p}_exps.weight", per="expert", **{p: hidden if p == "down" else moe_ffn}) for p in ("gate", "up", "down")}
@@ -48,7 +49,7 @@ ATTENTION = (
     Row("self_attn.v_proj.bias",   (groups * head_dim,),        BIAS,   qkv_bias.v, "attn_v.bias", when=has_bias),
     Row("self_attn.q_norm.weight", (head_dim,), NORM, "self_attention.q_layernorm.weight", "attn_q_norm.weight", when=has_qk_norm),
     Row("self_attn.k_norm.weight", (head_dim,), NORM, "self_attention.k_layernorm.weight", "attn_k_norm.weight", when=has_qk_norm),
-    Row("self_attn.o_proj.weight", (hidden, heads * head_dim),  LINEAR, "self_attention.linear_proj.weight", "attn_output.weight"),
+    Row("self_attn.o_proj.weight", (hidden, heads * head_dim),  LINEAR, "self_attention.linear_proj.weight", "attn_output.weight", parallel="row"),
 )
 
 
@@ -61,17 +62,17 @@ FUSED_NORM, MOE_NORM = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.we
 DENSE = (
     Row("mlp.gate_proj.weight", (ffn, hidden), LINEAR, fc1.gate,                "ffn_gate.weight"),
     Row("mlp.up_proj.weight",   (ffn, hidden), LINEAR, fc1.up,                  "ffn_up.weight"),
-    Row("mlp.down_proj.weight", (hidden, ffn), LINEAR, "mlp.linear_fc2.weight", "ffn_down.weight"),
+    Row("mlp.down_proj.weight", (hidden, ffn), LINEAR, "mlp.linear_fc2.weight", "ffn_down.weight", parallel="row"),
 )
 MOE = (
     Row("mlp.gate.weight",                       (experts, hidden), ROUTER, "mlp.router.weight",      "ffn_gate_inp.weight"),
     Row("mlp.gate.e_score_correction_bias",      (experts,),        ROUTER, "mlp.router.expert_bias", "exp_probs_b.bias", dtype="float32"),
     Row("mlp.experts.{expert}.gate_proj.weight", (moe_ffn, hidden), EXPERT, experts_fc1.gate,         stacked["gate"].gate),
     Row("mlp.experts.{expert}.up_proj.weight",   (moe_ffn, hidden), EXPERT, experts_fc1.up,           stacked["up"].up),
-    Row("mlp.experts.{expert}.down_proj.weight", (hidden, moe_ffn), EXPERT, experts_fc2.down,         stacked["down"].down),
+    Row("mlp.experts.{expert}.down_proj.weight", (hidden, moe_ffn), EXPERT, experts_fc2.down,         stacked["down"].down, parallel="row"),
     Row("mlp.shared_experts.gate_proj.weight", (shared_ffn, hidden), LINEAR, shared_fc1.gate, "ffn_gate_shexp.weight"),
     Row("mlp.shared_experts.up_proj.weight",   (shared_ffn, hidden), LINEAR, shared_fc1.up,   "ffn_up_shexp.weight"),
-    Row("mlp.shared_experts.down_proj.weight", (hidden, shared_ffn), LINEAR, "mlp.shared_experts.linear_fc2.weight", "ffn_down_shexp.weight"),
+    Row("mlp.shared_experts.down_proj.weight", (hidden, shared_ffn), LINEAR, shared_fc2, "ffn_down_shexp.weight", parallel="row"),
 )
 MTP = (
     Row("eh_proj.weight",          (hidden, 2 * hidden), Role.HEAD, "eh_proj.weight",         "nextn.eh_proj.weight"),

@@ -162,6 +162,7 @@ class Row:
     when: Callable[[Sizes], bool] = always
     dtype: str = ""  # empty: the model's
     alias: str = ""  # the canonical tensor that this one repeats; releases may leave it out
+    parallel: str = "column"  # how tensor parallelism splits a linear weight: its rows ("column"), its columns ("row"), or not at all ("none")
 
     def megatron_place(self, dialect: str) -> Place | None:
         return self.megatron[dialect] if isinstance(self.megatron, Mapping) else self.megatron

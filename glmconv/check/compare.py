@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from glmconv.checkpoint import Checkpoint, LazyTensor
+from glmconv.codecs import bound_of
 from glmconv.errors import Interrupted
+from glmconv.formats.coded import label_of
 
 CHUNK = 4 << 20
 
@@ -25,15 +28,32 @@ class Difference:
     worst: float = 0.0
 
 
+@dataclass(frozen=True)
+class Loss:
+    """How far a quantized tensor is from what it was made of. `rmse` is relative to the root mean square, `worst` the largest absolute error."""
+
+    tensor: str
+    codec: str
+    rmse: float
+    worst: float
+    bound: float
+
+    @property
+    def sqnr(self) -> float:
+        """Signal to quantization noise, in dB."""
+        return -20 * math.log10(self.rmse) if self.rmse else math.inf
+
+
 @dataclass
 class Comparison:
-    """`same` only if every tensor is in both, with the same shape, dtype and bits."""
+    """`same` only if every tensor is in both, with the same shape, dtype and bits; one that `b` holds quantized, only if its loss is in bounds."""
 
     tensors: int = 0
     elements: int = 0
     bytes: int = 0
     aliases: int = 0  # copies that only one side stores, found equal to what they repeat
     differences: list[Difference] = field(default_factory=list)
+    losses: list[Loss] = field(default_factory=list)
 
     @property
     def same(self) -> bool:
@@ -53,19 +73,27 @@ def compare(
     progress: Callable[[int], None] | None = None,
     stop: threading.Event | None = None,
     every: int = 1,
+    max_rmse: float | None = None,
 ) -> Comparison:
-    """Compare two opened checkpoints. `every` > 1 reads only each n-th tensor's bits (names, shapes and dtypes are always compared)."""
+    """Compare two opened checkpoints, `b` being what was made of `a`.
+
+    `every` > 1 reads only each n-th tensor's bits (names, shapes and dtypes are always compared); `max_rmse` replaces each codec's own bound.
+    """
     result = Comparison()
     pairs = list(_pairs(a, b, result))
     local = threading.local()
 
-    def bits(number: int) -> Difference | None:
+    def bits(number: int) -> Difference | Loss | None:
         if stop is not None and stop.is_set():
             raise Interrupted(2)
         left, right = pairs[number]
         if not hasattr(local, "buffers"):
             local.buffers = (bytearray(CHUNK), bytearray(CHUNK))
-        found = _compare_bits(left, right, local.buffers)
+        label = label_of(right.reader)
+        if label and label != label_of(left.reader):
+            found: Difference | Loss | None = _loss(left, right, label, max_rmse or bound_of(label))
+        else:
+            found = _compare_bits(left, right, local.buffers)
         if progress:
             progress(left.nbytes)
         return found
@@ -77,9 +105,46 @@ def compare(
             result.tensors += 1
             result.elements += left.nbytes // left.dtype.itemsize
             result.bytes += left.nbytes
-            if found:
+            if isinstance(found, Loss):
+                result.losses.append(found)
+                if not found.rmse <= found.bound:
+                    what = f"is off by {found.rmse:.4g} of its size as {found.codec} (relative RMSE), {found.bound:g} is allowed"
+                    result.differences.append(Difference(found.tensor, what, _elements(left), found.worst))
+            elif found:
                 result.differences.append(found)
     return result
+
+
+def _elements(tensor: LazyTensor) -> int:
+    return tensor.nbytes // tensor.dtype.itemsize
+
+
+def _loss(left: LazyTensor, right: LazyTensor, label: str, bound: float) -> Loss:
+    """Error of `right` against `left`, summed in float64 over chunks of rows. NaN on one side only counts as infinite."""
+    rows = max(1, CHUNK // left.row_size)
+    noise, signal, worst = 0.0, 0.0, 0.0
+    for start in range(0, left.shape[0], rows):
+        size = min(rows, left.shape[0] - start) * left.row_size
+        x, y = bytearray(size), bytearray(size)
+        left.read_into(start, memoryview(x))
+        right.read_into(start, memoryview(y))
+        a, b = (_floats(np.frombuffer(v, f"<u{left.dtype.itemsize}"), left.dtype.name) for v in (x, y))
+        with np.errstate(all="ignore"):
+            off = np.where(a == b, np.float32(0), np.abs(a - b))
+        off[np.isnan(a) & np.isnan(b)] = 0
+        np.nan_to_num(off, copy=False, nan=np.inf, posinf=np.inf)
+        worst = max(worst, float(off.max(initial=0.0)))
+        noise += float(np.sum(np.square(off, dtype=np.float64)))
+        signal += float(np.sum(np.square(a[np.isfinite(a)], dtype=np.float64)))
+    return Loss(left.name, label, math.sqrt(noise / signal) if signal else (math.inf if noise else 0.0), worst, bound)
+
+
+def _floats(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """The values of little-endian bits, as float32 at least."""
+    if dtype == "bfloat16":
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    values = bits.view(f"<f{bits.dtype.itemsize}")
+    return values.astype(np.float32) if dtype == "float16" else values
 
 
 def _pairs(a: Checkpoint, b: Checkpoint, result: Comparison) -> Iterator[tuple[LazyTensor, LazyTensor]]:
@@ -133,12 +198,9 @@ def _distance(x: np.ndarray, y: np.ndarray, dtype: str, itemsize: int) -> tuple[
     a, b = x.view(f"<u{itemsize}"), y.view(f"<u{itemsize}")
     at = np.nonzero(a != b)[0]
     a, b = a[at], b[at]
-    if dtype == "bfloat16":
-        p, q = ((v.astype(np.uint32) << 16).view(np.float32) for v in (a, b))
-    elif dtype in ("float16", "float32", "float64"):
-        p, q = (v.view(f"<f{itemsize}") for v in (a, b))
-    else:
+    if dtype not in ("bfloat16", "float16", "float32", "float64"):
         return len(at), float(len(at))
+    p, q = (_floats(v, dtype) for v in (a, b))
     with np.errstate(all="ignore"):
         off = np.abs(p.astype(np.float64) - q.astype(np.float64))
     return len(at), float(np.nan_to_num(off, nan=np.inf, posinf=np.inf).max())

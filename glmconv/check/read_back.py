@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from glmconv.check.compare import Loss
 from glmconv.check.verify import verify_same
 from glmconv.errors import VerificationError
 
@@ -18,6 +19,7 @@ def read_back(
 ) -> dict[str, object]:  # fmt: skip
     """Compare each output with the source; counts of what was compared. VerificationError names the worst tensor."""
     tensors = elements = 0
+    losses: list[Loss] = []
     for output in outputs:
         result = verify_same(
             src, output, workers=workers, every=SAMPLE if sample else 1, started=started, progress=progress, stop=stop, origin=origin, mtp=mtp
@@ -30,4 +32,6 @@ def read_back(
             )  # fmt: skip
         tensors += result.tensors
         elements += result.elements
-    return {"tensors": tensors, "elements": elements}
+        losses += result.losses
+    worst = max(losses, key=lambda loss: loss.rmse, default=None)
+    return {"tensors": tensors, "elements": elements, "quantized": len(losses), "rmse": worst.rmse if worst else 0.0}

@@ -14,7 +14,8 @@ EPILOG = """\b
 Examples:
   glmconv convert zai-org/GLM-4.5 /models/glm45 --to torch_dist
   glmconv convert /models/glm45 /models/glm45-hf --to hf
-  glmconv convert SRC --to torch_dist=DIR --to hf=DIR2
+  glmconv convert /models/glm45 /models/glm45-fp8 --to fp8
+  glmconv convert SRC --to torch_dist=DIR --to fp8:ue8m0=DIR2
   torchrun --nnodes 2 --nproc-per-node 8 ... -m glmconv convert SRC DST --to torch_dist
 """
 
@@ -22,7 +23,7 @@ Examples:
 @click.command("convert", epilog=EPILOG)
 @click.argument("src")
 @click.argument("dst", required=False, type=click.Path(path_type=Path))
-@click.option("--to", multiple=True, metavar="FORMAT[=DIR]", help="What to write: hf or torch_dist; several may be given, each with its folder.")
+@click.option("--to", multiple=True, metavar="TARGET[=DIR]", help="What to write; several may be given, each with its folder.")
 @run_options
 @click.option("--verify", "check", type=click.Choice(["none", "sample", "full"]), default="sample", show_default=True, help="Read back and compare.")
 @click.option("-n", "--dry-run", is_flag=True, help="Plan only: say what would be written, write nothing.")
@@ -30,6 +31,15 @@ Examples:
 @click.pass_context
 def command(ctx: click.Context, /, src: str, dst: Path | None, to: tuple[str, ...], check: str, dry_run: bool, **chosen: object) -> int:
     """Convert the checkpoint SRC (a folder or a Hub id) into DST.
+
+    \b
+    Targets:
+      hf                                        Hugging Face safetensors, unquantized
+      torch_dist                                Megatron-Core's distributed checkpoint
+      fp8[:ue8m0|:cuda-compat|:channel|:tensor] FP8 E4M3: 128x128 blocks (:64x64 for others), rows or tensors
+      mxfp8                                     FP8 in groups of 32 under powers of two
+      awq[:g128|:g64|:g32|:auto]                4 bits, AutoAWQ's gemm layout
+      int4[:g128|:g64|:g32|:auto][:sym|:asym]   4 bits, compressed-tensors' pack-quantized
 
     The same command again, after any interruption, goes on where it stopped and gives the same bytes.
     """
@@ -112,7 +122,9 @@ def _print(out: Output, src: str, targets: object, done: object, verified: dict[
         out.data(f"{done.dropped:,} MTP tensors left out (--mtp drop)")
     counts = verified.get("verified")
     if isinstance(counts, dict) and counts["tensors"]:
-        out.data(f"read back: {counts['tensors']:,} tensors are bit-identical")
+        exact = counts["tensors"] - counts["quantized"]
+        lost = f"{counts['quantized']:,} are quantized with a relative RMSE of at most {counts['rmse']:.4g}, " if counts["quantized"] else ""
+        out.data(f"read back: {lost}{exact:,} tensors are bit-identical")
     first = done.outcomes[0]
     other = "hf" if first.target.plan.to == "torch_dist" else "torch_dist"
     out.note(f"next: glmconv verify {src} {first.target.root}   or   glmconv convert {first.target.root} DST --to {other}")

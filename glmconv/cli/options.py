@@ -86,6 +86,21 @@ def run_options(command: F) -> F:
         click.option("--overwrite", is_flag=True, help="Move what is at the destination aside (DST.bak-N) and start anew. Deletes nothing."),
         click.option("--mtp", type=click.Choice(["keep", "drop"]), default="keep", show_default=True, help="The multi-token prediction layer."),
         click.option("--origin", metavar="DIR|ID", help="The Hugging Face release of a torch_dist checkpoint: config, tokenizer, file layout."),
+        click.option("--keep", multiple=True, metavar="REGEX", help="Quantized targets: leave tensors whose name it is found in as they are."),
+        click.option("--first-layers-bf16", type=click.IntRange(0, 1024), default=0, help="Quantized targets: leave the first N layers as they are."),
+        click.option("--last-layers-bf16", type=click.IntRange(0, 1024), default=0, help="Quantized targets: leave the last N layers as they are."),
+        click.option(
+            "--ragged",
+            type=click.Choice(["keep", "quantize"]),
+            default="keep",
+            show_default=True,
+            help="Weights whose grid no serving engine loads: leave them as they are, or quantize them all the same.",
+        ),
+        click.option("--serve-tp", type=click.IntRange(1, 1024), default=1, help="Leave what so many tensor-parallel ranks cannot split as it is."),
+        click.option("--serve-ep", type=click.IntRange(1, 1024), default=1, help="Expert-parallel ranks: above 1, experts are not split."),
+        click.option(
+            "--nonfinite", type=click.Choice(["error", "keep"]), default="error", show_default=True, help="NaN and Inf in a weight to be quantized."
+        ),
         click.option("--iteration", type=click.IntRange(0, 9_999_999), help="torch_dist: write iter_N instead of release."),
     ):
         command = option(command)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
 from glmconv.cli.options import output_of, output_options
 from glmconv.cli.output import Output, human, say
-from glmconv.errors import ExitCode, printable
+from glmconv.errors import ExitCode, UsageError, printable
+
+if TYPE_CHECKING:
+    from glmconv.check.verify import ManifestCheck
+    from glmconv.cli.sessions import Stop
 
 SHOWN = 20
 EPILOG = """\b
 Examples:
   glmconv verify zai-org/GLM-4.5 /models/glm45_torch_dist     # the same weights?
   glmconv verify /models/glm45_torch_dist                     # every byte as its manifest says?
+  glmconv verify /models/glm45 /models/glm45_fp8              # quantized: errors within their bounds?
+  glmconv verify /models/glm45 /models/glm45_fp8 --exact      # quantized again from the source: every byte?
 """
 
 
@@ -24,29 +32,60 @@ Examples:
 @click.option("-j", "--workers", type=click.IntRange(1, 256), default=2, show_default=True, help="Threads that read.")
 @click.option("--origin", metavar="DIR|ID", help="The Hugging Face release of a torch_dist checkpoint.")
 @click.option("--mtp", type=click.Choice(["keep", "drop"]), default="keep", show_default=True, help="drop: leave the MTP layers of both out.")
+@click.option("--max-rmse", type=click.FloatRange(min=0, min_open=True), help="Bound on a quantized tensor's relative RMSE; default: its codec's.")
+@click.option("--exact", is_flag=True, help="Convert A again without writing and compare every byte with B, an output of glmconv.")
 @output_options
 @click.pass_context
-def command(ctx: click.Context, a: str, b: str | None, workers: int, origin: str | None, mtp: str) -> int:
+def command(ctx: click.Context, a: str, b: str | None, workers: int, origin: str | None, mtp: str, max_rmse: float | None, exact: bool) -> int:
     """Compare checkpoints A and B bit by bit, whatever their formats; or A alone with its own manifest, every byte.
 
-    Exit 1 if anything differs: a bit, a tensor that only one has, a shape, a dtype.
+    Exit 1 if anything differs: a bit, a tensor that only one has, a shape, a dtype. Give the source first: what B holds quantized is
+    held against a bound on its error, everything else must be equal.
     """
     from glmconv.check.verify import verify_output, verify_same
     from glmconv.cli.sessions import stoppable
 
     out = output_of(ctx)
+    if exact and b is None:
+        raise UsageError("--exact needs the source too: glmconv verify SRC OUT --exact.")
     with stoppable() as stop, out.bar("verify") as (started, progress):
-        if b is None:
-            check = verify_output(a, workers=workers, started=started, progress=progress, stop=stop)
+        if b is None or exact:
+            check = (
+                _exact(a, b, workers, origin, mtp, started, progress, stop)
+                if b
+                else verify_output(a, workers=workers, started=started, progress=progress, stop=stop)
+            )
             counts = f"{check.files:,} files, {check.tensors:,} tensors, {human(check.bytes)}"
             lines = [": ".join(filter(None, (d.file, d.tensor, d.what))) for d in check.damages]
-            return _answer(out, {**asdict(check), "same": check.same}, check.same, f"{check.root}: as its manifest says ({counts})", lines)
-        result = verify_same(a, b, workers=workers, origin=origin, mtp=mtp != "drop", started=started, progress=progress, stop=stop)
+            good = "as its manifest says" if b is None else "byte for byte what its source gives"
+            return _answer(out, {**asdict(check), "same": check.same}, check.same, f"{check.root}: {good} ({counts})", lines)
+        result = verify_same(
+            a, b, workers=workers, origin=origin, mtp=mtp != "drop", started=started, progress=progress, stop=stop, max_rmse=max_rmse
+        )
     value = {"same": result.same, "tensors": result.tensors, "elements": result.elements, "bytes": result.bytes, "aliases": result.aliases,
-             "different": len(result.differences), "worst": [asdict(d) for d in result.worst]}  # fmt: skip
+             "different": len(result.differences), "worst": [asdict(d) for d in result.worst],
+             "quantized": [{**asdict(loss), "sqnr": loss.sqnr} for loss in result.losses]}  # fmt: skip
     lines = [f"{d.tensor}: {d.what}" + (f", by up to {d.worst:g}" if d.elements else "") for d in result.worst]
     counts = f"{result.tensors:,} tensors, {result.elements:,} elements, {human(result.bytes)}"
-    return _answer(out, value, result.same, f"the same weights: {counts} bit-identical", lines)
+    if not result.losses:
+        return _answer(out, value, result.same, f"the same weights: {counts} bit-identical", lines)
+    worst = max(result.losses, key=lambda loss: loss.rmse)
+    lost = f"{len(result.losses):,} tensors quantized, relative RMSE at most {worst.rmse:.4g} ({worst.sqnr:.1f} dB, {worst.tensor})"
+    return _answer(out, value, result.same, f"the same weights but for quantization: {counts}; {lost}; all others bit-identical", lines)
+
+
+def _exact(
+    src: str, output: str, workers: int, origin: str | None, mtp: str, started: Callable[[int], None], progress: Callable[[int], None], stop: Stop
+) -> ManifestCheck:
+    from glmconv.check.exact import verify_exact
+    from glmconv.checkpoint import open_checkpoint
+    from glmconv.convert import plan_again
+
+    with open_checkpoint(src, origin=origin, mtp=mtp != "drop") as source:
+        return verify_exact(
+            source, output, lambda manifest: plan_again(source, manifest.to, manifest.options), workers=workers, started=started,
+            progress=progress, stop=stop,
+        )  # fmt: skip
 
 
 def _answer(out: Output, value: dict[str, object], same: bool, good: str, lines: list[str]) -> int:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
+from glmconv.encoding import Encoder
+
 PLAN_VERSION = 1
 
 
@@ -45,8 +47,9 @@ class Run:
 class Piece:
     """One stored tensor, DCP chunk or object of an output file: `payload` bytes read from the source's `runs`, in this order.
 
-    A piece without runs is `literal`: its bytes are known now. `equals` names canonical tensors that must repeat the runs' bits (aliases
-    that the output does not store): they are read beside them and compared, because dropping an unequal one would lose data.
+    A piece without runs is `literal`: its bytes are known now. With an `encoder` the rows of its one run are encoded, and the pieces behind
+    it with the same encoder and a `part` above 0 are the other parts that came of it. `equals` names canonical tensors that must repeat the
+    runs' bits (aliases that the output does not store): they are read beside them and compared, because dropping an unequal one would lose data.
     """
 
     name: str
@@ -58,6 +61,13 @@ class Piece:
     frame: Frame | None = None
     equals: tuple[str, ...] = ()
     digested: bool = True  # listed among the manifest's tensors
+    encoder: Encoder | None = None
+    part: int = 0
+
+    @property
+    def columns(self) -> int:
+        """Of the canonical tensor that an encoder takes."""
+        return self.encoder.shape[-1] if self.encoder else self.shape[-1]
 
     @property
     def size(self) -> int:
@@ -90,9 +100,9 @@ class OutputFile:
         state = hashlib.sha256(self.header)
         for at, p in self.layout():
             runs = [[r.tensor, r.start, r.rows] for r in p.runs]
-            state.update(
-                canonical_json([at, p.name, p.dtype, list(p.shape), p.payload, runs, sha256(p.literal), list(p.equals), type(p.frame).__name__])
-            )
+            made = [p.encoder.id, p.encoder.strict, p.part] if p.encoder else []
+            frame = type(p.frame).__name__
+            state.update(canonical_json([at, p.name, p.dtype, list(p.shape), p.payload, runs, sha256(p.literal), list(p.equals), frame, *made]))
         return state.hexdigest()
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from glmconv.engine.commit import FULL, Destination
 from glmconv.engine.files import Disk
-from glmconv.engine.jobs import Buffer, Job
+from glmconv.engine.jobs import Job
 from glmconv.engine.journal import MANIFEST, Record, claimed_by, load_record
 from glmconv.engine.manifest import manifest_of
 from glmconv.engine.plan import OutputFile, RowSource, sha256
 from glmconv.engine.preflight import State, Target, is_finished, preflight, resolved, state_of
 from glmconv.engine.queue import JobQueue, StoreQueue, open_queue
+from glmconv.engine.stream import Buffer
 from glmconv.errors import DestinationError, Interrupted, OutputError, SourceError
 
 STALL_SECONDS = 60.0

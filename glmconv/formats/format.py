@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Protocol
 
 from glmconv.archs import Model
+from glmconv.codecs.codec import Codec
 from glmconv.dtypes import DType
 from glmconv.engine.inputs import InputFile, InputFolder
 from glmconv.engine.plan import Plan
+from glmconv.formats.selection import QuantOptions
 
 FILE_PREFIX = "file:"  # the engine reads a side file as the rows (bytes) of a "tensor" of this name
 
@@ -108,6 +110,8 @@ class LayoutOptions:
     mtp: bool = True
     dialect: str = "te"
     apart: str = ""  # file for the MTP layers, where the release's layout is not known
+    codec: Codec | None = None  # how linear weights are encoded; None: not at all
+    quant: QuantOptions = field(default_factory=QuantOptions)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 from glmconv.dtypes import DType
 from glmconv.engine.plan import OutputFile, Piece, Plan, Run, SmallFile, canonical_json
+from glmconv.formats.coded import label_of
 from glmconv.formats.common_pt import write_common
 from glmconv.formats.dcp import Chunk, StoredObject, StoredTensor, write_metadata
 from glmconv.formats.format import FileLayout, LayoutOptions, Opened
-from glmconv.formats.huggingface import config_for
+from glmconv.formats.huggingface_layout import config_for
 from glmconv.formats.megatron_args import to_args
 from glmconv.formats.megatron_keys import MegatronTensor, extra_states, megatron_tensors
 from glmconv.formats.side_files import CONFIG, output_files
@@ -88,6 +89,7 @@ def plan(opened: Opened, options: LayoutOptions) -> Plan:
     )
     side = output_files(opened.side_files, f"{ORIGIN}/")
     chosen: dict[str, object] = {"mtp": options.mtp, "iteration": options.iteration, "dialect": options.dialect}
+    chosen |= {"file_size": options.file_size, "chunk_size": options.chunk_size}
     return Plan("torch_dist", chosen, opened.fingerprint, (*writing.files, *side), marks, opened.notes)
 
 
@@ -131,7 +133,7 @@ def _aliases(opened: Opened) -> Mapping[str, tuple[str, ...]]:
     """Canonical tensor -> those of the source's tensors that repeat it: Megatron has no place for them, so they must be equal."""
     found: dict[str, tuple[str, ...]] = {}
     for name, tensor in opened.model.tensors.items():
-        if tensor.alias and name in opened.tensors:
+        if tensor.alias and name in opened.tensors and not label_of(opened.tensors[name]):  # a quantized copy is not what it repeats
             found[tensor.alias] = (*found.get(tensor.alias, ()), name)
     return found
 

@@ -16,7 +16,7 @@ from glmconv.engine.preflight import Target
 from glmconv.engine.run import Outcome, run
 from glmconv.errors import UsageError
 from glmconv.formats.format import LayoutOptions, Opened
-from glmconv.formats.huggingface import plan
+from glmconv.formats.huggingface_layout import plan
 from glmconv.toy.tokenizer import SMALLEST_VOCABULARY, side_files, special_ids
 from glmconv.toy.weights import Literal, Tables, toy_rows
 

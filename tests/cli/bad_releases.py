@@ -205,7 +205,7 @@ def legacy(root: Path) -> None:
 
 
 def quantized(root: Path) -> None:
-    config(quantization_config={"quant_method": "compressed-tensors"})(root)
+    config(quantization_config={"quant_method": "gptq"})(root)
 
 
 def rename_expert(found: dict[str, Stored]) -> None:
@@ -327,7 +327,8 @@ CONFIGS = (
     Bad("an architecture that is no text", config(model_type=["glm4_moe"], architectures=None), 6),
     Bad("no architecture", config(model_type=None, architectures=None), 6),
     Bad("an architecture with control characters", config(model_type="a\x1b[2J\nb", architectures=["x"]), 6),
-    Bad("a quantized release", quantized, 6, "compressed-tensors"),
+    Bad("a release quantized in a way that is not read", quantized, 6, "gptq"),
+    Bad("a release that is said to be quantized and is not", config(quantization_config={"quant_method": "fp8"}), 5, "none is"),
     Bad("a quantized release without a method", config(quantization_config={}), 6),
     Bad("10**9 layers", config(num_hidden_layers=10**9)),
     Bad("10**18 layers", config(num_hidden_layers=10**18)),

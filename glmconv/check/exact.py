@@ -1,0 +1,70 @@
+"""A conversion done again without writing: every tensor of an output against what its source gives, byte for byte."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from glmconv.check.verify import Damage, ManifestCheck, verify_output
+from glmconv.checkpoint import Checkpoint
+from glmconv.engine.files import Disk
+from glmconv.engine.jobs import fill_file
+from glmconv.engine.manifest import Manifest, load_manifest
+from glmconv.engine.plan import OutputFile, Plan
+from glmconv.engine.stream import Buffer, Stream
+from glmconv.errors import Interrupted, SourceError
+
+CHUNK = 4 << 20
+
+
+class Nowhere(Disk):
+    """A disk that takes everything and keeps nothing: the stream in front of it has hashed it."""
+
+    def write(self, fd: int, data: memoryview | bytes, offset: int) -> int:
+        return len(data)
+
+
+def verify_exact(
+    source: Checkpoint, output: str | Path, plan_of: Callable[[Manifest], Plan], *, workers: int = 2,
+    progress: Callable[[int], None] | None = None, started: Callable[[int], None] | None = None, stop: threading.Event | None = None,
+) -> ManifestCheck:  # fmt: skip
+    """Every byte of `output` as its manifest says, and every tensor as converting `source` gives it.
+
+    `plan_of` plans the conversion that the manifest tells of. SourceError if there is no manifest, or if the plans differ.
+    """
+    result = verify_output(output, workers=workers, stop=stop)
+    if not result.same:
+        return result
+    manifest = load_manifest(Disk(), result.root)
+    plan = plan_of(manifest)
+    if plan.id != manifest.plan_id:
+        raise SourceError(
+            "is not the output of this source with this version of glmconv: their plans differ.", file=result.root,
+            hint="Compare the weights instead: glmconv verify SRC OUT.",
+        )  # fmt: skip
+    if started:
+        started(plan.size)
+    with ThreadPoolExecutor(workers) as pool:
+        for damages in pool.map(lambda file: _again(source, file, manifest, progress, stop), plan.files):
+            result.damages += damages
+    return result
+
+
+def _again(
+    source: Checkpoint, file: OutputFile, manifest: Manifest, progress: Callable[[int], None] | None, stop: threading.Event | None
+) -> list[Damage]:
+    def wrote(size: int) -> None:
+        if stop is not None and stop.is_set():
+            raise Interrupted(2)
+        if progress:
+            progress(size)
+
+    buffer = Buffer(CHUNK)
+    stream = Stream(Nowhere(), -1, buffer, wrote)
+    tensors = fill_file(file, source, stream, buffer, {})
+    if stream.finish() == manifest.files[file.name].sha256:
+        return []
+    wrong = [name for name, made in tensors.items() if made.sha256 != manifest.tensors[name].sha256]
+    return [Damage(file.name, "is not what its source gives", name) for name in wrong] or [Damage(file.name, "is not what its source gives")]

@@ -1,0 +1,40 @@
+"""The codecs that glmconv knows. A new one is one module here and its lines in the two registries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from glmconv.codecs import fp8, int4
+from glmconv.codecs.codec import Codec, Found, Recognise
+from glmconv.dtypes import DType
+
+CODECS: dict[str, Callable[[Sequence[str]], Codec]] = {
+    "fp8": fp8.target,
+    "mxfp8": fp8.mx_target,
+    "awq": int4.awq_target,
+    "int4": int4.target,
+}
+DECODERS: tuple[Recognise, ...] = (fp8.recognise, int4.recognise)
+# The last components of names that only quantized tensors have
+SUFFIXES = (
+    "weight_scale_inv", "weight_scale", "weight_packed", "weight_zero_point", "weight_shape", "weight_g_idx", "qweight", "qzeros", "scales", "g_idx",
+)  # fmt: skip
+
+# The relative RMSE of a tensor above which `verify` takes it for wrong: about twice what normal values give (docs/quantization.md)
+BOUNDS = {"fp8": 0.06, "int4": 0.25, "awq": 0.25}
+
+
+def bound_of(label: str) -> float:
+    """The bound for a tensor whose decoder has this label."""
+    return BOUNDS[label.partition(" ")[0]]
+
+
+def codec_of(text: str) -> Codec:
+    """The codec that `fp8:ue8m0` names. KeyError if there is no such family, UsageError if it has no such option."""
+    family, *options = text.split(":")
+    return CODECS[family](options)
+
+
+def recognise(stored: Mapping[str, tuple[DType, tuple[int, ...]]], shape: tuple[int, ...], quantization: Mapping[str, object]) -> Found | None:
+    """How a weight with these stored parts is decoded; None if it is not encoded. SourceError if the parts do not add up."""
+    return next((found for decoder in DECODERS if (found := decoder(stored, shape, quantization))), None)

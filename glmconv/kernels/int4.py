@@ -1,0 +1,327 @@
+"""Four-bit integers in groups on the CPU, rounded to nearest, with the arithmetic of the peers whose files these are.
+
+    pack-quantized, symmetric     scale = amax / 7.5                     code = rnd(w / scale)             -8..7
+    pack-quantized, asymmetric    scale = (max - min) / 15               code = rnd(w / scale + zero)      min <= 0 <= max
+                                  zero  = rnd(clamp(-8 - min / scale))
+    awq                           scale = max(max - min, 1e-5) / 15      code = rnd(w / scale) + zero      0..15
+                                  zero  = clamp(-rnd(min / scale))
+
+compressed-tensors computes each operation in the weight's dtype, AutoAWQ in float16: so do these, by rounding each float32 result to it, and
+AutoAWQ quantizes twice, the second time what the first gave. Rounding is to nearest even. Sources: compressed-tensors 0.20 (calculate_qparams,
+quantize, pack_to_int32), AutoAWQ 0.2.9 (pseudo_quantize_tensor, WQLinear_GEMM.from_linear).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glmconv.kernels.jit import jit
+
+Array = NDArray[Any]
+Limits = tuple[Array, Array]  # lowest and highest value of each group, float32 [rows, groups]: searched ones take the place of min and max
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+EPSILON = {FLOAT32: np.float32(2**-23), BFLOAT16: np.float32(2**-7), FLOAT16: np.float32(2**-10)}
+PACK = 8
+TILE = 128  # rows whose words fill a cache line of AutoAWQ's layout
+NO_LIMITS = np.empty((0, 0), np.float32)
+
+
+@jit
+def _round(bits, floats, count, precision):
+    """float32 values to the nearest of a narrower dtype, in place."""
+    if precision == BFLOAT16:
+        for j in range(count):
+            odd = (bits[j] >> np.uint32(16)) & np.uint32(1)
+            bits[j] = (bits[j] + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)
+    elif precision == FLOAT16:
+        for j in range(count):
+            value = floats[j]
+            small = (abs(value) + np.float32(0.75)) - np.float32(0.75)  # below 2**-14 float16's last bit is 2**-24, as float32's is at 0.75
+            odd = (bits[j] >> np.uint32(13)) & np.uint32(1)
+            bits[j] = (bits[j] + np.uint32(0xFFF) + odd) & np.uint32(0xFFFFE000)
+            normal = floats[j]
+            normal = np.float32(np.inf) if normal > np.float32(65504) else normal
+            normal = np.float32(-np.inf) if normal < np.float32(-65504) else normal
+            floats[j] = np.copysign(small, value) if abs(value) < np.float32(2.0**-14) else normal
+
+
+@jit
+def _rounded(value, bits, floats, precision):
+    floats[0] = value
+    _round(bits, floats, 1, precision)
+    return floats[0]
+
+
+@jit
+def _load(weight, i, j0, count, shift, bits, floats, precision):
+    """A group's values as float32 of the given precision; the first that is NaN or Inf, or -1."""
+    bad = np.int64(-1)
+    for j in range(count):
+        bits[j] = np.uint32(weight[i, j0 + j]) << shift
+    if precision == FLOAT16:
+        _round(bits, floats, count, precision)
+    top = np.uint32(0)
+    for j in range(count):
+        top = max(top, bits[j] & np.uint32(0x7FFFFFFF))
+    if top >= np.uint32(0x7F800000):
+        for j in range(count):
+            if bits[j] & np.uint32(0x7FFFFFFF) >= np.uint32(0x7F800000):
+                bad = j if bad < 0 else bad
+                bits[j] = np.uint32(0)  # counts as zero where it is to be kept
+    return bad
+
+
+@jit
+def _range(floats, count, low, high, limited):
+    """(min, max) of a group, or the given limits."""
+    if limited:
+        return low, high
+    low, high = floats[0], floats[0]
+    for j in range(count):
+        low = min(low, floats[j])
+        high = max(high, floats[j])
+    return low, high
+
+
+@jit
+def _encode_packed(weight, packed, scales, zeros, asymmetric, group, lows, highs, shift, precision, epsilon, bits, one):
+    floats, alone = bits.view(np.float32), one.view(np.float32)
+    first = np.int64(-1)
+    limited = lows.shape[0] > 0
+    for i in range(weight.shape[0]):
+        for g in range(scales.shape[1]):
+            j0 = g * group
+            bad = _load(weight, i, j0, group, shift, bits, floats, precision)
+            if bad >= 0 and first < 0:
+                first = np.int64(i) * weight.shape[1] + j0 + bad
+            given = (lows[i, g], highs[i, g]) if limited else (np.float32(0), np.float32(0))
+            low, high = _range(floats, group, given[0], given[1], limited)
+            low, high = min(low, np.float32(0)), max(high, np.float32(0))
+            zero = np.float32(0)
+            if asymmetric:
+                span = _rounded(high - low, one, alone, precision)
+                scale = _rounded(span / np.float32(15), one, alone, precision)
+                if scale != 0:
+                    ratio = _rounded(low / scale, one, alone, precision)
+                    zero = _rounded(np.float32(-8) - ratio, one, alone, precision)
+                    zero = np.float32(round(min(max(zero, np.float32(-8)), np.float32(7))))
+                zeros[i, g] = np.int8(zero)
+            else:
+                scale = _rounded(max(-low, high) / np.float32(7.5), one, alone, precision)
+            scale = epsilon if scale == 0 else scale
+            scales[i, g] = scale
+            for j in range(group):
+                floats[j] = floats[j] / scale
+            _round(bits, floats, group, precision)
+            if asymmetric:
+                for j in range(group):
+                    floats[j] = floats[j] + zero
+                _round(bits, floats, group, precision)
+            for word in range(group // PACK):
+                value = np.uint32(0)
+                for k in range(PACK):
+                    code = min(max(floats[word * PACK + k], np.float32(-8)), np.float32(7))
+                    # 1.5 * 2**23 rounds to whole numbers, whose low bits are then the float's own
+                    alone[0] = code + np.float32(12582912)
+                    value |= ((one[0] + np.uint32(8)) & np.uint32(15)) << np.uint32(4 * k)
+                packed[i, j0 // PACK + word] = value
+    return first
+
+
+def _as_bits(weight: Array) -> tuple[Array, np.uint32, int]:
+    """(values as bits, how far to shift them to be float32's, the precision of the arithmetic)."""
+    if weight.dtype == np.uint16:
+        return weight, np.uint32(16), BFLOAT16
+    precision = FLOAT16 if weight.dtype == np.float16 else FLOAT32
+    return np.ascontiguousarray(weight, np.float32).view(np.uint32), np.uint32(0), precision
+
+
+def narrowed(values: Array, like: Array) -> None:
+    """float32 values that are exact in `like`'s dtype (bfloat16 as uint16 bits) into it."""
+    like[...] = values.view(np.uint32) >> 16 if like.dtype == np.uint16 else values
+
+
+def widened(values: Array) -> Array:
+    """bfloat16 bits, float16 or float32 as float32."""
+    if values.dtype == np.uint16:
+        bits: Array = values.astype(np.uint32) << 16
+        return bits.view(np.float32)
+    return values.astype(np.float32)
+
+
+def encode_packed(weight: Array, packed: Array, scales: Array, zeros: Array | None, group: int, limits: Limits | None = None) -> int:
+    """compressed-tensors' pack-quantized.
+
+    weight [rows, K]: bfloat16 bits (uint16), float16 or float32; packed int32 [rows, K/8]; scales [rows, K/group] in the weight's dtype; zeros
+    int8 [rows, K/group], None for symmetric. Returns the flat index of the first NaN or Inf (which count as 0), or -1.
+    """
+    values, shift, precision = _as_bits(weight)
+    wide = np.empty(scales.shape, np.float32)
+    lows, highs = limits or (NO_LIMITS, NO_LIMITS)
+    kept = np.empty((0, 0), np.int8) if zeros is None else zeros
+    words = packed.view(np.uint32)
+    bits, one = np.empty(group, np.uint32), np.empty(1, np.uint32)
+    bad = _encode_packed(
+        values, words, wide, kept, zeros is not None, group, lows, highs, shift, precision, EPSILON[precision], bits, one
+    )  # fmt: skip
+    narrowed(wide, scales)
+    return int(bad)
+
+
+def pack_zeros(zeros: Array) -> Array:
+    """int8 [rows, groups] to int32 [rows/8, groups]: eight rows in a word, in their order, each plus 8."""
+    codes = (zeros.astype(np.int32) + 8).astype(np.uint32).reshape(-1, PACK, zeros.shape[1])
+    words = np.zeros((codes.shape[0], codes.shape[2]), np.uint32)
+    for k in range(PACK):
+        words |= codes[:, k] << np.uint32(4 * k)
+    return words.view(np.int32)
+
+
+def unpack_zeros(words: Array) -> Array:
+    """The way back: int32 [rows/8, groups] to int8 [rows, groups]."""
+    plain = np.ascontiguousarray(words).view(np.uint32)
+    codes = np.stack([(plain >> np.uint32(4 * k)) & np.uint32(15) for k in range(PACK)], axis=1)
+    zeros: Array = codes.astype(np.int8) - np.int8(8)
+    return zeros.reshape(-1, words.shape[1])
+
+
+@jit
+def _decode_packed(packed, scales, zeros, asymmetric, out, group, narrow, one):
+    alone = one.view(np.float32)
+    for i in range(packed.shape[0]):
+        for g in range(scales.shape[1]):
+            scale = scales[i, g]
+            zero = np.float32(zeros[i, g]) if asymmetric else np.float32(0)
+            for word in range(group // PACK):
+                value = packed[i, g * group // PACK + word]
+                for k in range(PACK):
+                    code = np.float32(np.int64((value >> np.uint32(4 * k)) & np.uint32(15)) - 8)
+                    alone[0] = (code - zero) * scale
+                    result = one[0]
+                    if narrow:
+                        result = (result + np.uint32(0x7FFF) + ((result >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+                    out[i, g * group + word * PACK + k] = result
+
+
+def _into(out: Array) -> Array:
+    """Where float32 bits or bfloat16 bits for `out` go."""
+    if out.dtype == np.float16:
+        return np.empty(out.shape, np.uint32)
+    return out if out.dtype == np.uint16 else out.view(np.uint32)
+
+
+def _deliver(made: Array, out: Array) -> None:
+    if out.dtype == np.float16:
+        out[...] = made.view(np.float32).astype(np.float16)
+
+
+def decode_packed(packed: Array, scales: Array, zeros: Array | None, out: Array, group: int) -> None:
+    """(code - zero) * scale in float32, rounded once to `out` [rows, K]. With bfloat16 scales the product is exact, so these are the peer's bits."""
+    kept = np.empty((0, 0), np.int8) if zeros is None else zeros
+    made = _into(out)
+    words = np.ascontiguousarray(packed).view(np.uint32)
+    _decode_packed(words, widened(scales), kept, zeros is not None, made, group, out.dtype == np.uint16, np.empty(1, np.uint32))
+    _deliver(made, out)
+
+
+@jit
+def _encode_awq(weight, codes, zeros, scales, group, lows, highs, shift, bits, one):
+    """Codes uint8 [rows, K], zeros uint8 and scales float32 [rows, groups] of some rows."""
+    floats, alone = bits.view(np.float32), one.view(np.float32)
+    first = np.int64(-1)
+    limited = lows.shape[0] > 0
+    for i in range(weight.shape[0]):
+        for g in range(scales.shape[1]):
+            j0 = g * group
+            bad = _load(weight, i, j0, group, shift, bits, floats, FLOAT16)
+            if bad >= 0 and first < 0:
+                first = np.int64(i) * weight.shape[1] + j0 + bad
+            given = (lows[i, g], highs[i, g]) if limited else (np.float32(0), np.float32(0))
+            low, high = _range(floats, group, given[0], given[1], limited)
+            span = max(_rounded(high - low, one, alone, FLOAT16), np.float32(1.0013580322265625e-05))  # 1e-5 in float16
+            scale = _rounded(span / np.float32(15), one, alone, FLOAT16)
+            zero = -np.float32(round(_rounded(low / scale, one, alone, FLOAT16)))
+            zero = min(max(zero, np.float32(0)), np.float32(15))
+            scales[i, g] = scale
+            zeros[i, g] = np.uint8(zero)
+            offset = _rounded(zero * scale, one, alone, FLOAT16)
+            for j in range(group):
+                floats[j] = floats[j] / scale
+            _round(bits, floats, group, FLOAT16)
+            for j in range(group):
+                whole = (floats[j] + np.float32(12582912)) - np.float32(12582912) if abs(floats[j]) < np.float32(4194304) else floats[j]
+                code = min(max(whole + zero, np.float32(0)), np.float32(15))
+                floats[j] = (code - zero) * scale
+            _round(bits, floats, group, FLOAT16)
+            for j in range(group):
+                floats[j] = floats[j] + offset
+            _round(bits, floats, group, FLOAT16)
+            for j in range(group):
+                floats[j] = floats[j] / scale
+            _round(bits, floats, group, FLOAT16)
+            for j in range(group):
+                codes[i, j0 + j] = np.uint8((floats[j] + np.float32(12582912)) - np.float32(12582912))
+    return first
+
+
+@jit
+def _pack_awq(codes, out):
+    """uint8 [rows, columns] to words [columns, rows/8] in AutoAWQ's order."""
+    for column in range(codes.shape[1]):
+        for c in range(out.shape[1]):
+            word = np.uint32(0)
+            for i in range(PACK):
+                word |= np.uint32(codes[c * PACK + i, column]) << np.uint32(4 * (i // 2) + 16 * (i % 2))
+            out[column, c] = word
+
+
+def encode_awq(weight: Array, qweight: Array, qzeros: Array, scales: Array, group: int, limits: Limits | None = None) -> int:
+    """AutoAWQ's gemm layout.
+
+    weight [rows, K], rows a multiple of 8: bfloat16 bits (uint16), float16 or float32; qweight int32 [K, rows/8], qzeros int32 [K/group, rows/8],
+    scales float16 [K/group, rows]: views of these rows' columns. Returns the flat index of the first value that is NaN, Inf or beyond
+    float16's 65504 (it counts as 0), or -1.
+    """
+    values, shift, _ = _as_bits(weight)
+    rows, groups = weight.shape[0], weight.shape[1] // group
+    lows, highs = limits or (NO_LIMITS, NO_LIMITS)
+    bits, one = np.empty(group, np.uint32), np.empty(1, np.uint32)
+    first = -1
+    for at in range(0, rows, TILE):
+        part = values[at : at + TILE]
+        codes, zeros = np.empty(part.shape, np.uint8), np.empty((len(part), groups), np.uint8)
+        wide = np.empty((len(part), groups), np.float32)
+        bad = _encode_awq(part, codes, zeros, wide, group, lows[at : at + TILE], highs[at : at + TILE], shift, bits, one)
+        first = at * weight.shape[1] + int(bad) if bad >= 0 > first else first
+        words = slice(at // PACK, (at + len(part)) // PACK)
+        _pack_awq(codes, qweight.view(np.uint32)[:, words])
+        _pack_awq(zeros, qzeros.view(np.uint32)[:, words])
+        scales[:, at : at + len(part)] = wide.T
+    return first
+
+
+@jit
+def _decode_awq(qweight, qzeros, scales, out, group, narrow, one):
+    alone = one.view(np.float32)
+    for c in range(qweight.shape[1]):
+        for column in range(qweight.shape[0]):
+            value, zero = qweight[column, c], qzeros[column // group, c]
+            for i in range(PACK):
+                at = np.uint32(4 * (i // 2) + 16 * (i % 2))
+                code = np.int64((value >> at) & np.uint32(15)) - np.int64((zero >> at) & np.uint32(15))
+                alone[0] = np.float32(code) * scales[column // group, c * PACK + i]
+                result = one[0]
+                if narrow:
+                    result = (result + np.uint32(0x7FFF) + ((result >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+                out[c * PACK + i, column] = result
+
+
+def decode_awq(qweight: Array, qzeros: Array, scales: Array, out: Array, group: int) -> None:
+    """(code - zero) * scale, exact in float32 as the scale is float16, rounded once to `out` [rows, K]; the parts are views of these rows."""
+    made = _into(out)
+    words, zeros = (np.ascontiguousarray(part).view(np.uint32) for part in (qweight, qzeros))
+    _decode_awq(words, zeros, np.ascontiguousarray(scales).astype(np.float32), made, group, out.dtype == np.uint16, np.empty(1, np.uint32))
+    _deliver(made, out)
