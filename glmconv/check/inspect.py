@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from glmconv.archs import preset_of
 from glmconv.checkpoint import Checkpoint, open_checkpoint
+from glmconv.formats.coded import label_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Inspection:
     aliases: int
     parameters: int
     bytes: int
+    stored_bytes: int
+    quantization: dict[str, int]
     dtypes: dict[str, int]
     sizes: dict[str, int]
     files: int
@@ -43,9 +47,8 @@ def inspect(path: str | Path, *, origin: str | Path | None = None) -> tuple[Insp
     """Inspect a checkpoint of any format. Tensors that are missing, unknown or wrong are listed, not raised; a broken file is still a SourceError."""
     source = open_checkpoint(path, origin=origin, strict=False)
     opened, model = source.opened, source.arch
-    dtypes: dict[str, int] = {}
-    for _, tensor in source:
-        dtypes[tensor.dtype.name] = dtypes.get(tensor.dtype.name, 0) + 1
+    dtypes: Counter[str] = Counter(tensor.dtype.name for _, tensor in source)
+    quantization = Counter(label for _, tensor in source if (label := label_of(tensor.reader)))
     preset = preset_of(source.config)
     files = opened.fingerprint.get("files")
     found = Inspection(
@@ -61,6 +64,8 @@ def inspect(path: str | Path, *, origin: str | Path | None = None) -> tuple[Insp
         aliases=sum(bool(model.tensors[name].alias) for name in source.tensors),
         parameters=sum(model.tensors[name].elements for name in source.tensors if not model.tensors[name].alias),
         bytes=sum(tensor.nbytes for _, tensor in source),
+        stored_bytes=opened.stored_bytes,
+        quantization=dict(sorted(quantization.items())),
         dtypes=dict(sorted(dtypes.items())),
         sizes=dict(model.sizes),
         files=len(files) if isinstance(files, Mapping) else 0,

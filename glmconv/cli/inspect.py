@@ -37,7 +37,8 @@ def command(ctx: click.Context, path: str, tensors: bool, origin: str | None) ->
             ("path", found.path), ("format", found.format), ("architecture", found.model_type), ("preset", found.preset or "none of the releases"),
             ("layers", f"{found.layers} + {found.mtp_layers} MTP"), ("experts", str(found.experts)),
             ("tensors", f"{found.tensors:,} ({found.mtp_tensors:,} of them MTP, {found.aliases} aliases)"),
-            ("parameters", f"{found.parameters:,}"), ("bytes", f"{human(found.bytes)} in {found.files:,} files"),
+            ("parameters", f"{found.parameters:,}"), ("bytes", f"{human(found.stored_bytes or found.bytes)} in {found.files:,} files"),
+            ("quantized", ", ".join(f"{label}: {count:,}" for label, count in found.quantization.items()) or "no"),
             ("dtypes", ", ".join(f"{name} {count:,}" for name, count in found.dtypes.items())),
             ("missing", f"{len(found.missing):,}"), ("unexpected", f"{len(found.unexpected):,}"), ("wrong", f"{len(found.wrong):,}"),
         ]  # fmt: skip
