@@ -231,7 +231,8 @@ def decode_block(codes: Array, scales: Array, out: Array, block: tuple[int, int]
     whole = out if out.dtype == np.uint16 else np.empty(out.shape, np.uint32) if out.dtype == np.float16 else out.view(np.uint32)
     bad = _decode(codes, scales, whole, INDEX(min(block[0], 1 << 62)), bk, INDEX(first_row), out.dtype == np.uint16, np.empty(bk, np.uint32))
     if out.dtype == np.float16:
-        out[:] = whole.view(np.float32).astype(np.float16)
+        with np.errstate(over="ignore"):  # beyond 65504 is Inf, as float16 has it
+            out[:] = whole.view(np.float32).astype(np.float16)
     return int(np.flatnonzero((codes & 0x7F) == 0x7F)[0]) if bad else -1
 
 
