@@ -1,0 +1,80 @@
+"""Quantized outputs in the real loaders: transformers' dequantizing paths and compressed-tensors' decompressors give our decoded bits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from transformers import CompressedTensorsConfig, FineGrainedFP8Config
+
+from glmconv import convert, open_checkpoint
+from tests.quantized.models import as_torch, logits, parts_of, saved_model, tensors_of
+
+DEQUANTIZED = ("fp8", "fp8:ue8m0", "fp8:cuda-compat")
+COMPRESSED = ("fp8:channel", "fp8:tensor", "mxfp8", "int4:g32", "int4:g64", "int4:g32:asym", "int4:g128:asym")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return saved_model(tmp_path_factory.mktemp("models") / "source")
+
+
+@pytest.fixture(scope="module")
+def made(source, tmp_path_factory):
+    """`made(target)`: the conversion and what it is dequantized to, each made once."""
+    root = tmp_path_factory.mktemp("made")
+
+    def make(target):
+        quantized, plain = root / target.replace(":", "-"), root / f"{target.replace(':', '-')}-plain"
+        if not plain.exists():
+            convert(source, {target: quantized})
+            convert(quantized, {"hf": plain})
+        return quantized, plain
+
+    return make
+
+
+@pytest.mark.parametrize("target", DEQUANTIZED)
+def test_transformers_dequantizes_blocks_to_our_logits(target, made):
+    quantized, plain = made(target)
+    wanted = logits(plain, dtype=torch.bfloat16)
+    assert torch.equal(logits(quantized, dtype=torch.bfloat16, quantization_config=FineGrainedFP8Config(dequantize=True)), wanted)
+    assert torch.equal(logits(quantized, dtype=torch.bfloat16), wanted), "without a GPU it dequantizes by itself"
+
+
+@pytest.mark.parametrize("target", ["fp8:channel", "int4:g32"])
+def test_transformers_decompresses_compressed_tensors_to_our_logits(target, made):
+    quantized, plain = made(target)
+    found = logits(quantized, dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(dequantize=True))
+    assert torch.equal(found, logits(plain, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("target", COMPRESSED)
+def test_compressed_tensors_decompresses_each_tensor_to_our_bits(target, made):
+    quantized, _ = made(target)
+    config = QuantizationConfig.model_validate(json.loads((quantized / "config.json").read_text())["quantization_config"])
+    (scheme,) = config.config_groups.values()
+    assert isinstance(scheme, QuantizationScheme)
+    compressor = BaseCompressor.get_value_from_registry(config.format)
+    stored = tensors_of(quantized)
+    checked = 0
+    with open_checkpoint(quantized) as checkpoint:
+        for name, tensor in checkpoint:
+            parts = parts_of(stored, name)
+            if "weight_scale" not in parts:
+                assert name not in stored or torch.equal(as_torch(stored[name]), tensor.read())
+                continue
+            found = compressor.decompress(parts, scheme)["weight"]
+            assert torch.equal(found.to(torch.bfloat16), tensor.read()), name
+            checked += 1
+    assert checked == 3 * 4 + 3 + 2 * (1 + 16) * 3
+
+
+def test_the_model_still_says_about_the_same(source, made):
+    wanted = logits(source, dtype=torch.bfloat16)
+    spread = wanted.std()
+    for target, limit in (("fp8", 0.15), ("fp8:channel", 0.15), ("int4:g32", 0.6)):
+        assert (logits(made(target)[1], dtype=torch.bfloat16) - wanted).std() < limit * spread
