@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,11 +141,19 @@ def checked_scales(scales: Array) -> Array:
     return scales
 
 
-def check_part(suffix: str, dtype: DType, data: memoryview) -> None:
-    """SourceError for scales or codes among a stored part's bytes that mean nothing."""
+def check_part(suffix: str, dtype: DType, data: memoryview, start: int, columns: int) -> None:
+    """SourceError for scales or codes among a stored part's bytes, from row `start` on, that mean nothing."""
     if "scale" in suffix and dtype.name in ("float32", "float16", "bfloat16"):
         checked_scales(np.frombuffer(data, NUMPY[dtype.name]))
-    elif "scale" in suffix and dtype.itemsize == 1 and (np.frombuffer(data, np.uint8) == 0xFF).any():
-        raise SourceError("has a scale that is NaN.", hint="Is the checkpoint damaged?")
-    elif dtype.name == "float8_e4m3fn" and ((np.frombuffer(data, np.uint8) & 0x7F) == 0x7F).any():
-        raise SourceError("has the code NaN.", hint="Is the checkpoint damaged?")
+    elif "scale" in suffix and dtype.itemsize == 1:
+        if (np.frombuffer(data, np.uint8) == 0xFF).any():
+            raise SourceError("has a scale that is NaN.", hint="Is the checkpoint damaged?")
+    elif dtype.name == "float8_e4m3fn":
+        nan = (np.frombuffer(data, np.uint8) & 0x7F) == 0x7F
+        if nan.any():
+            refuse_code(int(nan.argmax()), start, columns)
+
+
+def refuse_code(at: int, start: int, columns: int) -> NoReturn:
+    """SourceError for the NaN code at this flat index, behind row `start`."""
+    raise SourceError(f"has the code NaN in row {start + at // columns:,}, column {at % columns:,}.", hint="Is the checkpoint damaged?")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from glmconv.codecs.codec import NUMPY, Array, Codec, Found, Grid, Part, PartReader, checked_scales, raw, read_rows, values
+from glmconv.codecs.codec import NUMPY, Array, Codec, Found, Grid, Part, PartReader, checked_scales, raw, read_rows, refuse_code, values
 from glmconv.codecs.codec import bfloat16_values as widened
 from glmconv.dtypes import BY_NAME, DType
 from glmconv.encoding import Encoder
@@ -192,7 +192,7 @@ class Fp8Decoder:
         plain = np.ascontiguousarray(float_scales(scales, stored.dtype).reshape(-1, self.grid[1]))
         bad = fp8.decode_block(codes, plain, out, self.block, first_row)
         if bad >= 0:
-            raise SourceError(f"has the code NaN in row {start + bad // columns:,}, column {bad % columns:,}.", hint="Is the checkpoint damaged?")
+            refuse_code(bad, start, columns)
 
 
 @dataclass(frozen=True)

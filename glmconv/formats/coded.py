@@ -30,6 +30,12 @@ class CodedRows:
     decoder: Decoder
     shape: tuple[int, ...]
     dtype: DType
+    scale_fmt: str = ""  # what the config says of the scales; believed only where two checkpoints are told apart
+
+    @property
+    def label(self) -> str:
+        """How the tensor is encoded."""
+        return f"{self.decoder.label} ({self.scale_fmt})" if self.scale_fmt else self.decoder.label
 
     @property
     def place(self) -> tuple[int, int]:
@@ -71,14 +77,14 @@ class CheckedPart:
     def read_into(self, start: int, out: memoryview) -> None:
         self.rows.read_into(start, out)
         try:
-            check_part(self.suffix, self.dtype, out)
+            check_part(self.suffix, self.dtype, out, start, self.shape[-1])
         except SourceError as error:
             raise SourceError(error.line, file=self.file, tensor=self.name) from error
 
 
 def label_of(reader: RowReader) -> str:
     """How a tensor is encoded; empty if it is not."""
-    return reader.decoder.label if isinstance(reader, CodedRows) else ""
+    return reader.label if isinstance(reader, CodedRows) else ""
 
 
 def derived(tensors: Mapping[str, RowReader], name: str) -> RowReader | None:
@@ -109,6 +115,7 @@ def coded_tensors(
     """The quantized tensors among `stored`. `known`: canonical names that are left out on request; their parts are taken too."""
     quantization = config.get("quantization_config")
     stated = quantization if isinstance(quantization, Mapping) else {}
+    scale_fmt = "ue8m0" if stated.get("scale_fmt") == "ue8m0" else ""
     readers: dict[str, CodedRows] = {}
     taken: set[str] = set()
     wrong = []
@@ -131,7 +138,7 @@ def coded_tensors(
             continue
         chosen = {suffix: parts[suffix] for suffix in found.suffixes}
         taken |= {f"{base}.{suffix}" for suffix in chosen}
-        readers[name] = CodedRows(name, root, chosen, found.decoder, tensor.shape, canonical_dtype(tensor, model_dtype))
+        readers[name] = CodedRows(name, root, chosen, found.decoder, tensor.shape, canonical_dtype(tensor, model_dtype), scale_fmt)
     return CodedTensors(readers, frozenset(taken), tuple(wrong), frozenset(left_out))
 
 
