@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from glmconv.engine.plan import OutputFile, Piece, Plan, Run, SmallFile
@@ -34,6 +34,56 @@ class Framed:
 
     def after(self, crc32: int) -> bytes:
         return crc32.to_bytes(4, "little")
+
+
+@dataclass(frozen=True)
+class Halves:
+    """An encoder: the first half of each row goes out as it comes, the second is held back, inverted. `unit` rows at a time."""
+
+    rows: int
+    id: str = "halves"
+    unit: int = 5
+    looks: bool = True
+    strict: bool = True
+    row_bytes: int = ROW // 2
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows, ROW
+
+    def begin(self, lend: Callable[[int], memoryview]) -> HalvesEncoding:
+        return HalvesEncoding(lend(self.rows * ROW // 2))
+
+
+@dataclass
+class HalvesEncoding:
+    held: memoryview
+    seen: int = 0
+
+    def look(self, rows: memoryview) -> int:
+        self.seen += len(rows)
+        return -1
+
+    def encode(self, start: int, rows: memoryview, out: memoryview) -> int:
+        half = ROW // 2
+        for n in range(len(rows) // ROW):
+            row = bytes(rows[n * ROW : (n + 1) * ROW])
+            out[n * half : (n + 1) * half] = row[:half]
+            self.held[(start + n) * half : (start + n + 1) * half] = inverted(row[half:])
+        return -1
+
+    def part(self, number: int) -> memoryview:
+        return self.held
+
+
+def inverted(data: bytes) -> bytes:
+    return bytes(byte ^ 0xFF for byte in data)
+
+
+def halves(name: str, run: Run) -> tuple[Piece, Piece]:
+    """The two pieces that a tensor of rows becomes."""
+    encoder, size = Halves(run.rows), run.rows * ROW // 2
+    return Piece(f"{name}.0", "uint8", (size,), size, (run,), encoder=encoder), Piece(f"{name}.1", "uint8", (size,), size, encoder=encoder, part=1)
 
 
 class MadeSource:
@@ -76,7 +126,7 @@ def made_plan(label: str = "made", rows: int = 64, files: int = 3) -> Plan:
     everything = (
         OutputFile("shard-00001", f"header of {label}".encode(), (piece("a", Run("a", 0, rows), equals=("tied",)), piece("b.upper", upper))),
         OutputFile("shard-00002", b"", (piece("c", Run("c", 0, half), lower, framed=True), notes)),
-        OutputFile("folder/part", b"h" * 700, (piece("d", Run("d", 0, rows)), piece("e", Run("e", 1, rows - 1)))),
+        OutputFile("folder/part", b"h" * 700, (piece("d", Run("d", 0, rows)), *halves("e", Run("e", 1, rows - 1)))),
         OutputFile("words", b"", (words,)),
     )
     chosen = everything[:files]
@@ -89,7 +139,11 @@ def expected_file(file: OutputFile, source: MadeSource) -> bytes:
     """A file's bytes, put together without the engine."""
     content = bytearray(file.header)
     for p in file.pieces:
-        payload = p.literal or b"".join(source.tensors[r.tensor][r.start * ROW : (r.start + r.rows) * ROW] for r in p.runs)
+        runs = p.runs or (file.pieces[file.pieces.index(p) - 1].runs if p.encoder else ())
+        payload = p.literal or b"".join(source.tensors[r.tensor][r.start * ROW : (r.start + r.rows) * ROW] for r in runs)
+        if p.encoder:
+            rows = [payload[at : at + ROW] for at in range(0, len(payload), ROW)]
+            payload = b"".join(inverted(row[ROW // 2 :]) if p.part else row[: ROW // 2] for row in rows)
         content += p.frame.before() + payload + p.frame.after(zlib.crc32(payload)) if p.frame else payload
     return bytes(content)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from glmconv.engine import commit, jobs
+from glmconv.engine import commit, stream
 from glmconv.engine.commit import Destination
 from glmconv.engine.files import Disk
 from glmconv.engine.jobs import Job
@@ -195,7 +195,7 @@ def short_is_whole(patch: pytest.MonkeyPatch) -> None:
         disk.write(fd, data, offset)
         return offset + len(data)
 
-    for module in (commit, jobs):
+    for module in (commit, stream):
         patch.setattr(module, "write_all", once)
 
 
