@@ -126,7 +126,7 @@ SPEC = ArchSpec(
         layers="num_hidden_layers",
         heads="num_attention_heads",
         groups="num_key_value_heads",
-        head_dim="head_dim=128",
+        head_dim="head_dim=hidden//heads",
         vocab="vocab_size",
         ffn="intermediate_size",
         experts="n_routed_experts",

@@ -100,7 +100,8 @@ def bind(spec: ArchSpec, config: Mapping[str, object], *, aliases: bool = False,
         path, _, default = source.partition("=")
         value = field_of(config, path)
         if value is None and default:
-            value = int(default)
+            whole, _, part = default.partition("//")
+            value = s[whole] // s[part] if part else int(default)
         s[size] = _whole(value, path, LIMITS.get(size, LARGEST), 0 if default or size == "first_dense" else 1, file)
     if not mtp:
         s["mtp"] = 0

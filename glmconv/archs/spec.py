@@ -204,7 +204,10 @@ class Preset:
 
 @dataclass(frozen=True)
 class ArchSpec:
-    """One architecture as a table. `config` binds each size to a config.json field ("field=default" where it may be absent)."""
+    """One architecture as a table. `config` binds each size to a config.json field.
+
+    "field=default" where it may be absent: a number, or a quotient of two sizes before it ("hidden//heads").
+    """
 
     model_type: str
     title: str

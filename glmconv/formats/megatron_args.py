@@ -42,7 +42,6 @@ FROM_CONFIG: dict[str, Callable[[Config], object]] = {
     "hidden_size":                          lambda c: c["hidden_size"],
     "num_attention_heads":                  lambda c: c["num_attention_heads"],
     "num_query_groups":                     lambda c: c["num_key_value_heads"],
-    "kv_channels":                          lambda c: c.get("head_dim", 128),
     "ffn_hidden_size":                      lambda c: c["intermediate_size"],
     "moe_ffn_hidden_size":                  lambda c: c["moe_intermediate_size"],
     "moe_shared_expert_intermediate_size":  lambda c: number(c, "moe_intermediate_size") * number(c, "n_shared_experts"),
@@ -75,7 +74,7 @@ def rope(config: Config, field: str, default: object) -> object:
 def to_args(config: Config, model: Model) -> dict[str, object]:
     """The arguments of a run that would train this model. Sizes that decide shapes come from the model, so they are whole numbers."""
     args = CONSTANTS | {name: of(config) for name, of in FROM_CONFIG.items()}
-    return args | {"mtp_num_layers": model.sizes.get("mtp") or None}
+    return args | {"mtp_num_layers": model.sizes.get("mtp") or None, "kv_channels": model.sizes["head_dim"]}
 
 
 # Back: config field -> (args name, Bridge provider's name where it differs). What is not here a run does not record.

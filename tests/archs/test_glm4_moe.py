@@ -9,6 +9,7 @@ from glmconv.archs.spec import ArchSpec, Move, Split, moves, record, sizes
 from glmconv.archs.table import spec_table, table_values
 from glmconv.cli.output import table
 from glmconv.errors import SourceError, UnsupportedError, UsageError
+from glmconv.formats.megatron_args import to_args
 from glmconv.formats.megatron_keys import extra_states, megatron_tensors
 
 PRESETS = [pytest.param(spec, preset, id=preset.name) for spec, preset in presets()]
@@ -50,6 +51,14 @@ def test_q_k_and_v_are_dealt_out_group_by_group() -> None:
     assert [(t.target, t.rows, t.tensor.rpartition("self_attn.")[2][0], t.source) for t in tiles] == [
         (0, 12, "q", 0), (12, 4, "k", 0), (16, 4, "v", 0), (20, 12, "q", 12), (32, 4, "k", 4), (36, 4, "v", 4),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("left", [{}, {"head_dim": None}])
+def test_without_a_head_dim_heads_share_the_hidden_size_as_in_transformers(left: dict[str, object]) -> None:
+    config = {name: value for name, value in preset_named("GLM-4.5")[1].config.items() if name != "head_dim"}
+    model = bind(spec_for(config), config | {"hidden_size": 480, "num_attention_heads": 6, "num_key_value_heads": 2} | left)
+    assert model.tensors["model.layers.0.self_attn.k_proj.weight"].shape == (2 * 80, 480)
+    assert to_args(config, model)["kv_channels"] == 80
 
 
 def test_air_has_no_qk_norm_and_one_dense_layer() -> None:
