@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 
@@ -72,7 +73,8 @@ def run(args: list[str]) -> int:
     except click.Abort:
         return int(ExitCode.INTERRUPTED)
     except click.ClickException as problem:
-        problem.show()
+        with contextlib.suppress(OSError):  # on a full disk
+            problem.show()
         return int(ExitCode.USAGE)
     except BrokenPipeError:
         return int(ExitCode.OK)

@@ -63,8 +63,8 @@ class Output:
         """(started(total bytes), progress(bytes done)) of one job: bytes, rate and time left on stderr."""
         kind = self.progress
         if kind == "auto":
-            kind = "bar" if sys.stderr.isatty() else "none"
-        if self.quiet or kind == "none" or this_rank() != 0:
+            kind = "bar" if sys.stderr and sys.stderr.isatty() else "none"
+        if self.quiet or kind == "none" or not sys.stderr or this_rank() != 0:  # Python has no stderr where it was closed
             yield (lambda total: None), (lambda done: None)
             return
         from tqdm import tqdm

@@ -117,6 +117,14 @@ def test_wrong_usage_is_exit_2_and_touches_nothing(arguments, tiny, tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["SRC"]
 
 
+@pytest.mark.parametrize("arguments", [("nope",), ("verify", "SRC", "SRC")], ids=" ".join)
+@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-", "2>&- --progress bar"])
+def test_the_exit_code_is_right_where_stderr_is_full_or_closed(arguments, stderr, tiny):
+    command = " ".join([*GLMCONV, *(str(tiny) if argument == "SRC" else argument for argument in arguments)])
+    ended = subprocess.run(["sh", "-c", f"{command} {stderr}"], env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL)
+    assert ended.returncode == (2 if arguments == ("nope",) else 0)
+
+
 # What is there
 
 
