@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +49,7 @@ class Output:
 
     def json_data(self, value: object) -> None:
         plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-        self.data(json.dumps(plain, indent=2, default=str))
+        self.data(json.dumps(finite(plain), indent=2, default=str, allow_nan=False))
 
     def note(self, text: str) -> None:
         if not self.quiet:
@@ -83,6 +84,15 @@ class Output:
                 bar.update(done)
 
             yield started, progress
+
+
+def finite(value: object) -> object:
+    """The value with null for every number that JSON has no word for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def table(rows: Sequence[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from glmconv import convert, verify_same
+from glmconv import convert, strict_json, verify_same
 from tests.roundtrip.shards import MANIFEST, Stored, Surgery, contents, copied, load, reindexed, save
 
 SEED = int(os.environ.get("GLMCONV_SEED", "20250808"))
@@ -124,6 +124,12 @@ def test_a_nan_on_one_side_is_the_worst_difference(tiny, outputs, tmp_path):
 
     result = verify_same(broken(tiny, tmp_path / "changed", both), outputs["torch_dist"])
     assert [(d.tensor, d.elements) for d in result.worst] == [(GATE.format(1), 1), (GATE.format(2), 1)]
+
+
+def test_json_has_no_infinity(tiny, outputs, tmp_path, glmconv):
+    answer = glmconv("verify", tiny, broken(outputs["hf"], tmp_path / "poisoned", poison), "--json")
+    (worst,) = strict_json.parse(answer.out.encode(), file="stdout")["worst"]  # Python's own parser takes Infinity
+    assert (answer.code, worst["worst"], worst["elements"]) == (1, None, 1)
 
 
 def test_the_same_tensors_in_other_shards_and_another_order_are_no_difference(tiny, outputs, tmp_path):
