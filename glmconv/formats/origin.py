@@ -93,9 +93,10 @@ def parse_layout(value: object, file: Path) -> FileLayout | None:
         name, metadata, order = _shard_name(entry[0], file), entry[1], entry[2]
         if not all(isinstance(k, str) and isinstance(v, str) for k, v in metadata.items()) or not all(isinstance(t, str) for t in order):
             raise SourceError("has an entry that is not [name, metadata, tensors].", file=file)
-        if name in seen:
-            raise SourceError(f"names {name} twice.", file=file)
-        seen.add(name)
+        for once in (name, *order):
+            if once in seen:
+                raise SourceError(f"names {once[:300]} twice.", file=file)
+            seen.add(once)
         files.append((name, metadata, tuple(order)))
     index = value.get("index")
     if index is not None and not isinstance(index, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import pickle
 import shutil
@@ -136,6 +137,17 @@ def layout(text: str) -> Change:
     return written(LAYOUT, text.encode())
 
 
+def layout_repeated(change: Callable[[list[Any]], object]) -> Change:
+    """The layout that is there, with something in it twice."""
+
+    def do(root: Path) -> None:
+        value = json.loads((root / LAYOUT).read_bytes())
+        change(value["files"])
+        (root / LAYOUT).write_text(json.dumps(value))
+
+    return do
+
+
 BAD_MEGATRON = (
     Bad("no .metadata", lambda root: (root / METADATA).unlink()),
     Bad("an empty .metadata", written(METADATA, b"")),
@@ -178,6 +190,8 @@ BAD_MEGATRON = (
     Bad("a layout that leaves the folder", layout('{"version":1,"files":[["../x.safetensors",{},["model.norm.weight"]]],"index":null}')),
     Bad("a layout at an absolute path", layout('{"version":1,"files":[["/tmp/x.safetensors",{},["model.norm.weight"]]],"index":null}')),
     Bad("a layout with a file twice", layout('{"version":1,"files":[["x.safetensors",{},["a"]],["x.safetensors",{},["b"]]],"index":null}')),
+    Bad("a layout with a tensor in two files", layout_repeated(lambda files: files.append(["x.safetensors", {}, files[0][2][:1]])), says="twice"),
+    Bad("a layout with a tensor twice in a file", layout_repeated(lambda files: files[0][2].append(files[0][2][0])), says="twice"),
     Bad("a layout that is no JSON", layout("{")),
     Bad("a layout of another version", layout('{"version":2,"files":[],"index":null}')),
     Bad("a config.json that links out of the folder", origin(linked("config.json"))),
