@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from glmconv.dtypes import BY_NAME
 from glmconv.engine.files import Disk
 from glmconv.engine.journal import (
     MANIFEST,
@@ -111,6 +112,8 @@ def manifest_tensor(entry: object, file: object, name: str, files: Mapping[str, 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "sha256", "file", "offset"}:
         raise SourceError("is not {dtype, shape, sha256, file, offset}.", file=file, tensor=name)
     t = stored_tensor([entry["dtype"], entry["shape"], entry["sha256"], entry["offset"]], file, name)
+    if t.dtype not in BY_NAME:
+        raise SourceError("has a dtype that is not known.", file=file, tensor=name)
     home = files.get(entry["file"]) if isinstance(entry["file"], str) else None
     if home is None or t.offset > home.size:
         raise SourceError("lies in no file of the manifest.", file=file, tensor=name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from glmconv import convert, strict_json, verify_same
+from glmconv.engine.journal import sealed
 from tests.roundtrip.shards import MANIFEST, Stored, Surgery, contents, copied, load, reindexed, save
 
 SEED = int(os.environ.get("GLMCONV_SEED", "20250808"))
@@ -199,6 +201,18 @@ def test_a_weight_file_too_many_is_found(to, name, outputs, tmp_path, glmconv):
     answer = glmconv("verify", root)
     assert answer.code == 1
     assert name in answer.out
+
+
+def test_a_manifest_that_names_an_unknown_dtype_is_a_finding(outputs, tmp_path, glmconv):
+    root = shutil.copytree(outputs["hf"], tmp_path / "output", ignore=shutil.ignore_patterns(".glmconv"))
+    document = json.loads((root / MANIFEST).read_bytes())
+    del document["digest"]
+    document["tensors"][NORM]["dtype"] = "float7"
+    (root / MANIFEST).write_bytes(sealed(document))
+    flipped(root / document["tensors"][NORM]["file"], 8 * document["tensors"][NORM]["offset"])
+    answer = glmconv("verify", root)
+    assert (answer.code, answer.err) == (1, "")
+    assert NORM in answer.out
 
 
 def test_a_link_in_a_files_place_is_found(outputs, tmp_path, glmconv):
