@@ -38,6 +38,8 @@ def find_origin(root: Path, iteration: Path, given: Path | None) -> Origin:
         return _read(given, "--origin")
     for folder in (root / ORIGIN, iteration, root):
         if (folder / CONFIG).exists():
+            if folder.name == ORIGIN and folder.is_symlink():
+                raise SourceError("is a link.", file=folder, hint="Remove it, and name the folder that it leads to with --origin.")
             return _read(folder, "")
     return Origin()
 

@@ -51,7 +51,14 @@ def locate(path: Path) -> Place | None:
         return Place(path.parent if ITERATION.match(path.name) else path, path)
     if not path.is_dir():
         return None
-    found = {int(m[2]) if m[2] else -1: child for child in path.iterdir() if (m := ITERATION.match(child.name)) and is_iteration(child)}
+    found: dict[int, Path] = {}
+    for child in path.iterdir():
+        match = ITERATION.match(child.name)
+        if match and is_iteration(child):
+            number = int(match[2]) if match[2] else -1
+            if number in found:
+                raise SourceError(f"is the same iteration as {found[number].name}.", file=child, hint="Pass the one that is meant.")
+            found[number] = child
     tracker = path / TRACKER
     if tracker.is_file() and not tracker.is_symlink():
         with tracker.open("rb") as file:
@@ -63,8 +70,15 @@ def locate(path: Path) -> Place | None:
             raise SourceError(
                 f"names {named}, but there is no such finished folder beside it.", file=tracker, hint="Pass the iteration's folder itself."
             )
-        return Place(path, found[number])
-    return Place(path, found[max(found)]) if found else None
+        return Place(path, unlinked(found[number]))
+    return Place(path, unlinked(found[max(found)])) if found else None
+
+
+def unlinked(folder: Path) -> Path:
+    """The folder. SourceError if it is a link: it may lead out of the checkpoint."""
+    if folder.is_symlink():
+        raise SourceError("is a link.", file=folder, hint="Pass the folder that it leads to.")
+    return folder
 
 
 def detect(path: Path) -> bool:

@@ -133,6 +133,17 @@ def linked_weights(root: Path) -> None:
     linked(weights(root).name)(root / "release")
 
 
+def linked_folder(name: str) -> Change:
+    """One of its folders lies elsewhere, and a link to it here."""
+
+    def do(root: Path) -> None:
+        elsewhere = root.parent / f"elsewhere {name}"
+        shutil.move(root / name, elsewhere)
+        (root / name).symlink_to(elsewhere)
+
+    return do
+
+
 def layout(text: str) -> Change:
     return written(LAYOUT, text.encode())
 
@@ -155,6 +166,8 @@ BAD_MEGATRON = (
     Bad("a .metadata of another object", written(METADATA, pickle.dumps({"a": 1}))),
     Bad("a .metadata that is a number", written(METADATA, pickle.dumps(1))),
     Bad("a .metadata that links out of the folder", lambda root: linked(".metadata")(root / "release")),
+    Bad("an iteration that links out of the folder", linked_folder("release"), says="is a link"),
+    Bad("an origin that links out of the folder", linked_folder("glmconv_origin"), says="is a link"),
     Bad("no weights", lambda root: weights(root).unlink(), says=".distcp"),
     Bad("weights cut in the middle", lambda root: os.truncate(weights(root), weights(root).stat().st_size // 2)),
     Bad("no byte of weights", lambda root: os.truncate(weights(root), 0)),

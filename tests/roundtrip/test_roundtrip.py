@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +96,15 @@ def test_an_iteration_is_written_under_its_number_and_read_from_any_of_its_paths
     assert (tmp_path / "there" / "latest_checkpointed_iteration.txt").read_text() == "37"
     assert verify(source, tmp_path / "there").same
     assert verify(source, tmp_path / "there" / "iter_0000037").same
+
+
+def test_two_folders_of_one_iteration_are_not_guessed_between(toy, tmp_path, glmconv):
+    convert(toy("glm4.5-355B-A32B", TINY), {"torch_dist": tmp_path / "there"}, options=Options(iteration=37))
+    shutil.copytree(tmp_path / "there" / "iter_0000037", tmp_path / "there" / "iter_37")
+    answer = glmconv("inspect", tmp_path / "there")
+    assert answer.code == 5
+    assert "is the same iteration as" in answer.err
+    assert glmconv("inspect", tmp_path / "there" / "iter_37").code == 0
 
 
 # MTP left out
