@@ -121,4 +121,4 @@ def to_config(args: Mapping[str, object]) -> dict[str, object]:
     shares = args.get("share_embeddings_and_output_weights")
     config["tie_word_embeddings"] = bool(shares) if shares is not None else untied is False
     fixed = dict(architectures=["Glm4MoeForCausalLM"], model_type="glm4_moe", hidden_act="silu", n_group=1, topk_group=1, norm_topk_prob=True)
-    return config | fixed | {"torch_dtype": "bfloat16", "attention_dropout": 0.0, "use_cache": True}
+    return config | fixed | {"attention_dropout": 0.0, "use_cache": True}

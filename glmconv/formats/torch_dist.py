@@ -271,12 +271,21 @@ def config_of(folder: InputFolder, origin: Origin, metadata: DcpMetadata) -> tup
         raise UnsupportedError(
             f"{source} describes a model with latent attention, whose config is not rebuilt.", file=folder.root, hint="Pass --origin."
         )
-    config = to_config(args)
+    config = to_config(args) | {"torch_dtype": weights_dtype(metadata)}
     missing = [name for name in ("hidden_size", "num_hidden_layers", "vocab_size", "n_routed_experts", "first_k_dense_replace") if name not in config]
     if missing:
         raise SourceError(f"{source} does not tell {', '.join(missing)}.", file=folder.root, hint="Name the model's release with --origin.")
     note = f"config.json rebuilt from {source}; token ids, tokenizer, templates and file layout are not known: pass --origin for them"
     return config, _dumped(config), (note,)
+
+
+def weights_dtype(metadata: DcpMetadata) -> str:
+    """The dtype that most bytes of the weights have, whatever the run's arguments say."""
+    sizes: dict[str, int] = {}
+    for key, stored in metadata.tensors.items():
+        if not is_trainers(key):
+            sizes[stored.dtype.name] = sizes.get(stored.dtype.name, 0) + _bytes(stored)
+    return max(sizes, key=lambda name: (sizes[name], name), default="bfloat16")
 
 
 def _dumped(config: Mapping[str, object]) -> bytes:

@@ -140,6 +140,16 @@ def test_without_a_config_it_is_rebuilt_from_the_runs_arguments(inside: bool, so
         assert any("rebuilt" in note for note in found.opened.notes)
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
+def test_a_rebuilt_config_says_the_dtype_that_the_weights_have(name: str, source: Checkpoint, tmp_path: Path) -> None:
+    state = {key: value.to(getattr(torch, name)) for key, value in megatron_state(source).items() if isinstance(value, torch.Tensor)}
+    folder = saved(state, tmp_path / "run", source, origin=False)
+    convert(source.path, {"torch_dist": tmp_path / "ours"})
+    shutil.copy(tmp_path / "ours" / "release" / "common.pt", folder / "iter_00000012")
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.config["torch_dtype"] == checkpoint["lm_head.weight"].dtype.name == name
+
+
 def test_with_neither_config_nor_arguments_it_asks_for_the_origin(source: Checkpoint, tmp_path: Path) -> None:
     folder = saved(megatron_state(source), tmp_path / "td", source, origin=False)
     with pytest.raises(SourceError, match="--origin"):
