@@ -124,7 +124,10 @@ def file_layout(opened: Opened, options: LayoutOptions, pieces: Pieces) -> FileL
         kept = [(name, metadata, tuple(t for t in order if t in pieces)) for name, metadata, order in opened.layout.files]
         numbered = any(not order and "-of-" in name for name, _, order in kept)
         if not numbered and {t for _, _, order in kept for t in order} == set(pieces):
-            return FileLayout(tuple(file for file in kept if file[2]), opened.layout.index)
+            index, whole = opened.layout.index, sum(len(order) for _, _, order in opened.layout.files) == len(pieces)
+            if index is not None and not whole:  # counts of what is not all there any more
+                index = {name: value for name, value in index.items() if name != "total_parameters"}
+            return FileLayout(tuple(file for file in kept if file[2]), index)
     preset = preset_of(opened.config)
     apart = options.apart or (preset.mtp_file if preset else "")
     mtp = {name for name in pieces if opened.model.tensors[name].mtp} if apart else set()

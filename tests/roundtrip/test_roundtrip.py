@@ -128,6 +128,18 @@ def test_mtp_dropped_on_the_way_there_is_gone_from_config_and_weights(preset, to
     assert not no_mtp(toy(preset))
 
 
+def test_an_index_counts_no_parameters_that_were_dropped(toy, tmp_path):
+    source = copied(toy("glm4.6-355B-A32B", TINY), tmp_path / "source")  # as transformers writes an index
+    index = json.loads((source / INDEX).read_bytes())
+    index["metadata"]["total_parameters"] = 12345
+    (source / INDEX).write_text(json.dumps(index))
+    for mtp in (True, False):
+        convert(source, {"torch_dist": tmp_path / f"there {mtp}", "hf": tmp_path / f"hf {mtp}"}, options=Options(mtp=mtp))
+        convert(tmp_path / f"there {mtp}", {"hf": tmp_path / f"back {mtp}"})
+        for path in (tmp_path / f"hf {mtp}", tmp_path / f"back {mtp}"):
+            assert ("total_parameters" in json.loads((path / INDEX).read_bytes())["metadata"]) == mtp
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_mtp_dropped_on_either_way_gives_the_same_release(preset, toy, torch_dist, tmp_path):
     convert(torch_dist(preset), {"hf": tmp_path / "dropped back"}, options=Options(mtp=False))
