@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from glmconv.dtypes import DType
-from glmconv.engine.plan import OutputFile, Piece, Plan, Run, SmallFile, canonical_json
+from glmconv.engine.plan import OutputFile, Piece, Plan, Run, SmallFile
 from glmconv.formats.coded import label_of
 from glmconv.formats.common_pt import write_common
 from glmconv.formats.dcp import Chunk, StoredObject, StoredTensor, write_metadata
@@ -151,7 +151,8 @@ def common(opened: Opened, options: LayoutOptions) -> dict[str, object]:
 
 
 def layout_json(layout: FileLayout | None) -> bytes:
-    """The release's files as JSON; `null` where they are not known."""
+    """The release's files as JSON; `null` where they are not known. Metadata keep their order: it shows in the bytes of a safetensors header."""
     if layout is None:
         return b"null"
-    return canonical_json({"version": 1, "files": [[name, dict(meta), list(order)] for name, meta, order in layout.files], "index": layout.index})
+    value = {"files": [[name, dict(meta), list(order)] for name, meta, order in layout.files], "index": layout.index, "version": 1}
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")

@@ -98,6 +98,19 @@ def test_an_iteration_is_written_under_its_number_and_read_from_any_of_its_paths
     assert verify(source, tmp_path / "there" / "iter_0000037").same
 
 
+def test_a_files_metadata_come_back_in_their_order(toy, tmp_path):
+    source = copied(toy("glm4.5-355B-A32B", TINY), tmp_path / "source")
+    for path in source.glob("*.safetensors"):
+        raw = path.read_bytes()
+        begin = 8 + int.from_bytes(raw[:8], "little")
+        header = json.dumps({**json.loads(raw[8:begin]), "__metadata__": {"z": "last", "format": "pt", "a": "first"}}, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        path.write_bytes(len(header).to_bytes(8, "little") + header + raw[begin:])
+    convert(source, {"torch_dist": tmp_path / "there"})
+    convert(tmp_path / "there", {"hf": tmp_path / "back"})
+    assert release(tmp_path / "back") == release(source)
+
+
 def test_two_folders_of_one_iteration_are_not_guessed_between(toy, tmp_path, glmconv):
     convert(toy("glm4.5-355B-A32B", TINY), {"torch_dist": tmp_path / "there"}, options=Options(iteration=37))
     shutil.copytree(tmp_path / "there" / "iter_0000037", tmp_path / "there" / "iter_37")
