@@ -25,118 +25,142 @@ Limits = tuple[Array, Array]  # lowest and highest value of each group, float32 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 EPSILON = {FLOAT32: np.float32(2**-23), BFLOAT16: np.float32(2**-7), FLOAT16: np.float32(2**-10)}
 PACK = 8
+WORD = np.int32
 TILE = 128  # rows whose words fill a cache line of AutoAWQ's layout
 NO_LIMITS = np.empty((0, 0), np.float32)
 
 
 @jit
-def _round(bits, floats, count, precision):
-    """float32 values to the nearest of a narrower dtype, in place."""
+def _round(bits, count, precision, small):
+    """float32 values to the nearest of a narrower dtype, in place: in 32-bit words and without branches, so that it becomes vector instructions."""
     if precision == BFLOAT16:
         for j in range(count):
-            odd = (bits[j] >> np.uint32(16)) & np.uint32(1)
-            bits[j] = (bits[j] + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)
+            odd = WORD(WORD(bits[j] >> WORD(16)) & WORD(1))
+            bits[j] = WORD(WORD(WORD(bits[j] + WORD(0x7FFF)) + odd) & WORD(-0x10000))
     elif precision == FLOAT16:
+        floats, words = bits.view(np.float32), small.view(np.int32)
+        for j in range(count):  # below 2**-14 float16's last bit is 2**-24, as float32's is at 0.75
+            small[j] = (abs(floats[j]) + np.float32(0.75)) - np.float32(0.75)
         for j in range(count):
-            value = floats[j]
-            small = (abs(value) + np.float32(0.75)) - np.float32(0.75)  # below 2**-14 float16's last bit is 2**-24, as float32's is at 0.75
-            odd = (bits[j] >> np.uint32(13)) & np.uint32(1)
-            bits[j] = (bits[j] + np.uint32(0xFFF) + odd) & np.uint32(0xFFFFE000)
-            normal = floats[j]
-            normal = np.float32(np.inf) if normal > np.float32(65504) else normal
-            normal = np.float32(-np.inf) if normal < np.float32(-65504) else normal
-            floats[j] = np.copysign(small, value) if abs(value) < np.float32(2.0**-14) else normal
+            word = bits[j]
+            magnitude = WORD(word & WORD(0x7FFFFFFF))
+            odd = WORD(WORD(magnitude >> WORD(13)) & WORD(1))
+            normal = WORD(WORD(WORD(magnitude + WORD(0xFFF)) + odd) & WORD(-0x2000))
+            normal = WORD(0x7F800000) if normal > WORD(0x477FE000) else normal  # beyond 65504
+            normal = magnitude if magnitude > WORD(0x7F800000) else normal
+            normal = words[j] if magnitude < WORD(0x38800000) else normal
+            bits[j] = WORD(normal | WORD(word & WORD(-0x80000000)))
 
 
 @jit
-def _rounded(value, bits, floats, precision):
+def _rounded(value, one, precision, small):
+    floats = one.view(np.float32)
     floats[0] = value
-    _round(bits, floats, 1, precision)
+    _round(one, 1, precision, small)
     return floats[0]
 
 
 @jit
-def _load(weight, i, j0, count, shift, bits, floats, precision):
-    """A group's values as float32 of the given precision; the first that is NaN or Inf, or -1."""
-    bad = np.int64(-1)
+def _load(weight, i, shift, bits, precision, small):
+    """A row's values as float32 of the given precision; the column of the first that is NaN or Inf (they count as 0), or -1."""
+    row = weight[i]
+    count = len(row)
     for j in range(count):
-        bits[j] = np.uint32(weight[i, j0 + j]) << shift
+        bits[j] = WORD(WORD(row[j]) << shift)
     if precision == FLOAT16:
-        _round(bits, floats, count, precision)
-    top = np.uint32(0)
+        _round(bits, count, precision, small)
+    worst = WORD(0)
     for j in range(count):
-        top = max(top, bits[j] & np.uint32(0x7FFFFFFF))
-    if top >= np.uint32(0x7F800000):
+        magnitude = WORD(bits[j] & WORD(0x7FFFFFFF))
+        worst = magnitude if magnitude > worst else worst
+    bad = np.int64(-1)
+    if worst >= WORD(0x7F800000):
         for j in range(count):
-            if bits[j] & np.uint32(0x7FFFFFFF) >= np.uint32(0x7F800000):
-                bad = j if bad < 0 else bad
-                bits[j] = np.uint32(0)  # counts as zero where it is to be kept
+            if WORD(bits[j] & WORD(0x7FFFFFFF)) >= WORD(0x7F800000):
+                bad = np.int64(j) if bad < 0 else bad
+                bits[j] = 0
     return bad
 
 
 @jit
-def _range(floats, count, low, high, limited):
-    """(min, max) of a group, or the given limits."""
-    if limited:
-        return low, high
-    low, high = floats[0], floats[0]
-    for j in range(count):
-        low = min(low, floats[j])
-        high = max(high, floats[j])
-    return low, high
+def _ranges(floats, group, low, high):
+    """The least and the largest value of each group: eight lanes at a time, then among the eight."""
+    least, most = np.empty(PACK, np.float32), np.empty(PACK, np.float32)
+    for g in range(len(floats) // group):
+        values = floats[g * group : g * group + group]
+        for j in range(PACK):
+            least[j] = most[j] = values[j]
+        for at in range(PACK, group, PACK):
+            lanes = values[at : at + PACK]
+            for j in range(PACK):
+                least[j] = lanes[j] if lanes[j] < least[j] else least[j]
+                most[j] = lanes[j] if lanes[j] > most[j] else most[j]
+        for j in range(1, PACK):
+            least[0] = least[j] if least[j] < least[0] else least[0]
+            most[0] = most[j] if most[j] > most[0] else most[0]
+        low[g], high[g] = least[0], most[0]
 
 
 @jit
-def _encode_packed(weight, packed, scales, zeros, asymmetric, group, lows, highs, shift, precision, epsilon, bits, one):
-    floats, alone = bits.view(np.float32), one.view(np.float32)
+def _encode_packed(weight, packed, scales, zeros, asymmetric, group, lows, highs, shift, precision, epsilon, rows):
+    bits, one, low, high, spread, offset, small = rows
+    floats = bits.view(np.float32)
     first = np.int64(-1)
-    limited = lows.shape[0] > 0
+    columns = weight.shape[1]
     for i in range(weight.shape[0]):
+        bad = _load(weight, i, shift, bits, precision, small)
+        first = np.int64(i) * columns + bad if bad >= 0 and first < 0 else first
+        _ranges(floats, group, low, high)
         for g in range(scales.shape[1]):
-            j0 = g * group
-            bad = _load(weight, i, j0, group, shift, bits, floats, precision)
-            if bad >= 0 and first < 0:
-                first = np.int64(i) * weight.shape[1] + j0 + bad
-            given = (lows[i, g], highs[i, g]) if limited else (np.float32(0), np.float32(0))
-            low, high = _range(floats, group, given[0], given[1], limited)
-            low, high = min(low, np.float32(0)), max(high, np.float32(0))
+            least, most = (lows[i, g], highs[i, g]) if lows.shape[0] else (low[g], high[g])
+            least, most = min(least, np.float32(0)), max(most, np.float32(0))
             zero = np.float32(0)
             if asymmetric:
-                span = _rounded(high - low, one, alone, precision)
-                scale = _rounded(span / np.float32(15), one, alone, precision)
+                span = _rounded(most - least, one, precision, small)
+                scale = _rounded(span / np.float32(15), one, precision, small)
                 if scale != 0:
-                    ratio = _rounded(low / scale, one, alone, precision)
-                    zero = _rounded(np.float32(-8) - ratio, one, alone, precision)
+                    ratio = _rounded(least / scale, one, precision, small)
+                    zero = _rounded(np.float32(-8) - ratio, one, precision, small)
                     zero = np.float32(round(min(max(zero, np.float32(-8)), np.float32(7))))
                 zeros[i, g] = np.int8(zero)
             else:
-                scale = _rounded(max(-low, high) / np.float32(7.5), one, alone, precision)
+                scale = _rounded(max(-least, most) / np.float32(7.5), one, precision, small)
             scale = epsilon if scale == 0 else scale
             scales[i, g] = scale
-            for j in range(group):
-                floats[j] = floats[j] / scale
-            _round(bits, floats, group, precision)
-            if asymmetric:
-                for j in range(group):
-                    floats[j] = floats[j] + zero
-                _round(bits, floats, group, precision)
-            for word in range(group // PACK):
-                value = np.uint32(0)
-                for k in range(PACK):
-                    code = min(max(floats[word * PACK + k], np.float32(-8)), np.float32(7))
-                    # 1.5 * 2**23 rounds to whole numbers, whose low bits are then the float's own
-                    alone[0] = code + np.float32(12582912)
-                    value |= ((one[0] + np.uint32(8)) & np.uint32(15)) << np.uint32(4 * k)
-                packed[i, j0 // PACK + word] = value
+            spread[g * group : g * group + group] = scale
+            offset[g * group : g * group + group] = zero
+        for j in range(columns):
+            floats[j] = floats[j] / spread[j]
+        _round(bits, columns, precision, small)
+        if asymmetric:
+            for j in range(columns):
+                floats[j] = floats[j] + offset[j]
+            _round(bits, columns, precision, small)
+        for j in range(columns):
+            code = floats[j]
+            code = np.float32(7) if code > np.float32(7) else code
+            code = np.float32(-8) if code < np.float32(-8) else code
+            floats[j] = code + np.float32(12582920)  # 1.5 * 2**23 rounds to whole numbers, whose low bits are then the float's own; 8 more
+        to = packed[i]
+        for word in range(columns // PACK):
+            value = WORD(0)
+            for k in range(PACK):
+                value |= WORD(WORD(bits[word * PACK + k] & WORD(15)) << WORD(4 * k))
+            to[word] = value
     return first
 
 
-def _as_bits(weight: Array) -> tuple[Array, np.uint32, int]:
+def _rows(columns: int) -> tuple[Array, ...]:
+    """A row's worth of memory for each step."""
+    return (np.empty(columns, np.int32), np.empty(1, np.int32), *(np.empty(columns, np.float32) for _ in range(5)))
+
+
+def _as_bits(weight: Array) -> tuple[Array, np.int32, int]:
     """(values as bits, how far to shift them to be float32's, the precision of the arithmetic)."""
     if weight.dtype == np.uint16:
-        return weight, np.uint32(16), BFLOAT16
+        return weight, WORD(16), BFLOAT16
     precision = FLOAT16 if weight.dtype == np.float16 else FLOAT32
-    return np.ascontiguousarray(weight, np.float32).view(np.uint32), np.uint32(0), precision
+    return np.ascontiguousarray(weight, np.float32).view(np.uint32), WORD(0), precision
 
 
 def narrowed(values: Array, like: Array) -> None:
@@ -162,11 +186,8 @@ def encode_packed(weight: Array, packed: Array, scales: Array, zeros: Array | No
     wide = np.empty(scales.shape, np.float32)
     lows, highs = limits or (NO_LIMITS, NO_LIMITS)
     kept = np.empty((0, 0), np.int8) if zeros is None else zeros
-    words = packed.view(np.uint32)
-    bits, one = np.empty(group, np.uint32), np.empty(1, np.uint32)
-    bad = _encode_packed(
-        values, words, wide, kept, zeros is not None, group, lows, highs, shift, precision, EPSILON[precision], bits, one
-    )  # fmt: skip
+    rows = _rows(weight.shape[1])
+    bad = _encode_packed(values, packed, wide, kept, zeros is not None, group, lows, highs, shift, precision, EPSILON[precision], rows)
     narrowed(wide, scales)
     return int(bad)
 
@@ -229,42 +250,51 @@ def decode_packed(packed: Array, scales: Array, zeros: Array | None, out: Array,
 
 
 @jit
-def _encode_awq(weight, codes, zeros, scales, group, lows, highs, shift, bits, one):
+def _encode_awq(weight, codes, zeros, scales, group, lows, highs, shift, rows):
     """Codes uint8 [rows, K], zeros uint8 and scales float32 [rows, groups] of some rows."""
-    floats, alone = bits.view(np.float32), one.view(np.float32)
+    bits, one, low, high, spread, offset, small = rows
+    floats = bits.view(np.float32)
     first = np.int64(-1)
-    limited = lows.shape[0] > 0
+    columns = weight.shape[1]
     for i in range(weight.shape[0]):
+        bad = _load(weight, i, shift, bits, FLOAT16, small)
+        first = np.int64(i) * columns + bad if bad >= 0 and first < 0 else first
+        _ranges(floats, group, low, high)
         for g in range(scales.shape[1]):
-            j0 = g * group
-            bad = _load(weight, i, j0, group, shift, bits, floats, FLOAT16)
-            if bad >= 0 and first < 0:
-                first = np.int64(i) * weight.shape[1] + j0 + bad
-            given = (lows[i, g], highs[i, g]) if limited else (np.float32(0), np.float32(0))
-            low, high = _range(floats, group, given[0], given[1], limited)
-            span = max(_rounded(high - low, one, alone, FLOAT16), np.float32(1.0013580322265625e-05))  # 1e-5 in float16
-            scale = _rounded(span / np.float32(15), one, alone, FLOAT16)
-            zero = -np.float32(round(_rounded(low / scale, one, alone, FLOAT16)))
+            least, most = (lows[i, g], highs[i, g]) if lows.shape[0] else (low[g], high[g])
+            span = max(_rounded(most - least, one, FLOAT16, small), np.float32(1.0013580322265625e-05))  # 1e-5 in float16
+            scale = _rounded(span / np.float32(15), one, FLOAT16, small)
+            zero = -np.float32(round(_rounded(least / scale, one, FLOAT16, small)))
             zero = min(max(zero, np.float32(0)), np.float32(15))
             scales[i, g] = scale
             zeros[i, g] = np.uint8(zero)
-            offset = _rounded(zero * scale, one, alone, FLOAT16)
-            for j in range(group):
-                floats[j] = floats[j] / scale
-            _round(bits, floats, group, FLOAT16)
-            for j in range(group):
-                whole = (floats[j] + np.float32(12582912)) - np.float32(12582912) if abs(floats[j]) < np.float32(4194304) else floats[j]
-                code = min(max(whole + zero, np.float32(0)), np.float32(15))
-                floats[j] = (code - zero) * scale
-            _round(bits, floats, group, FLOAT16)
-            for j in range(group):
-                floats[j] = floats[j] + offset
-            _round(bits, floats, group, FLOAT16)
-            for j in range(group):
-                floats[j] = floats[j] / scale
-            _round(bits, floats, group, FLOAT16)
-            for j in range(group):
-                codes[i, j0 + j] = np.uint8((floats[j] + np.float32(12582912)) - np.float32(12582912))
+            spread[g * group : g * group + group] = scale
+            offset[g * group : g * group + group] = zero
+        for j in range(columns):
+            floats[j] = floats[j] / spread[j]
+        _round(bits, columns, FLOAT16, small)
+        for j in range(columns):
+            code = floats[j]
+            code = np.float32(64) if code > np.float32(64) else code  # the clamps below would do the same to anything larger
+            code = np.float32(-64) if code < np.float32(-64) else code
+            code = (code + np.float32(12582912)) - np.float32(12582912) + offset[j]
+            code = np.float32(15) if code > np.float32(15) else code
+            code = np.float32(0) if code < np.float32(0) else code
+            floats[j] = (code - offset[j]) * spread[j]
+        _round(bits, columns, FLOAT16, small)
+        for j in range(columns):
+            offset[j] = offset[j] * spread[j]
+        _round(offset.view(np.int32), columns, FLOAT16, small)
+        for j in range(columns):
+            floats[j] = floats[j] + offset[j]
+        _round(bits, columns, FLOAT16, small)
+        for j in range(columns):
+            floats[j] = floats[j] / spread[j]
+        _round(bits, columns, FLOAT16, small)
+        to = codes[i]
+        for j in range(columns):
+            floats[j] = floats[j] + np.float32(12582912)
+            to[j] = np.uint8(bits[j] & WORD(15))
     return first
 
 
@@ -289,13 +319,13 @@ def encode_awq(weight: Array, qweight: Array, qzeros: Array, scales: Array, grou
     values, shift, _ = _as_bits(weight)
     rows, groups = weight.shape[0], weight.shape[1] // group
     lows, highs = limits or (NO_LIMITS, NO_LIMITS)
-    bits, one = np.empty(group, np.uint32), np.empty(1, np.uint32)
+    memory = _rows(weight.shape[1])
     first = -1
     for at in range(0, rows, TILE):
         part = values[at : at + TILE]
         codes, zeros = np.empty(part.shape, np.uint8), np.empty((len(part), groups), np.uint8)
         wide = np.empty((len(part), groups), np.float32)
-        bad = _encode_awq(part, codes, zeros, wide, group, lows[at : at + TILE], highs[at : at + TILE], shift, bits, one)
+        bad = _encode_awq(part, codes, zeros, wide, group, lows[at : at + TILE], highs[at : at + TILE], shift, memory)
         first = at * weight.shape[1] + int(bad) if bad >= 0 > first else first
         words = slice(at // PACK, (at + len(part)) // PACK)
         _pack_awq(codes, qweight.view(np.uint32)[:, words])
