@@ -13,7 +13,7 @@ from pathlib import Path
 from glmconv.checkpoint import Checkpoint, open_checkpoint
 from glmconv.engine.files import Disk
 from glmconv.engine.plan import Plan, by_source
-from glmconv.engine.preflight import Target, preflight
+from glmconv.engine.preflight import Target, preflight, refuse_source, resolved
 from glmconv.engine.queue import JobQueue, ranks_here
 from glmconv.engine.run import Outcome
 from glmconv.engine.run import run as run_plans
@@ -150,6 +150,7 @@ def plan(src: str | Path, to: Sequence[str], dst: Path | None = None, *, options
         plans = plan_targets(source, targets, options)
         needed = sum(p.size for p in plans)
         if all(target.path for target in targets):
+            refuse_sources(source, _engine_targets(targets, plans))
             needed = preflight(
                 _engine_targets(targets, plans), source_root=source.path, disk=Disk(), resume=options.resume, overwrite=options.overwrite
             )
@@ -227,6 +228,7 @@ def convert(
     with open_checkpoint(src, mtp=options.mtp, origin=options.origin) as source:
         plans = plan_targets(source, specs, options)
         made = _engine_targets(specs, plans)
+        refuse_sources(source, made)
         has = resources(options)
         if started:
             started(sum(p.size for p in plans))
@@ -237,6 +239,14 @@ def convert(
         facts = {"path": str(source.path), "format": source.format, "model_type": source.arch.spec.model_type}
         notes = [*dict.fromkeys(note for p in plans for note in p.notes), *_nonfinite(outcomes)]
         return Converted(outcomes, facts, len(source), len(source.opened.dropped), notes, has.workers)
+
+
+def refuse_sources(source: Checkpoint, targets: Sequence[Target]) -> None:
+    """DestinationError for a target in or around any folder that is read: the checkpoint as a whole, its iteration, its origin."""
+    roots = dict.fromkeys([FORMATS[source.format].manifest_at(source.path), *(folder.root for folder in source.opened.folders)])
+    for target in map(resolved, targets):
+        for root in roots:
+            refuse_source(target.root, root, Disk())
 
 
 def _nonfinite(outcomes: Sequence[Outcome]) -> list[str]:

@@ -388,6 +388,17 @@ def test_a_destination_that_is_not_ours_is_exit_4_and_stays_as_it_is(place, tiny
     assert marks(tmp_path) == before
 
 
+def test_a_destination_in_or_around_anything_that_is_read_is_exit_4(tiny, tmp_path, glmconv):
+    there, origin = tmp_path / "there", copied(tiny, tmp_path / "origin")
+    convert(tiny, {"torch_dist": there})
+    before = marks(tmp_path)
+    for source, destination in ((there, origin), (there, origin / "deep"), (there / "release", there / "deep"), (there / "release", there)):
+        for verb in ("convert", "plan"):
+            answer = glmconv(verb, source, destination, "--to", "hf", "--origin", origin, "--overwrite")
+            assert (answer.code, len(answer.errors)) == (4, 1), (verb, destination)
+    assert marks(tmp_path) == before
+
+
 @needs_mounts
 def test_a_destination_inside_the_source_by_a_bind_mount_is_exit_4(tiny, tmp_path):
     source = copied(tiny, tmp_path / "source")
