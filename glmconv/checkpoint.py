@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,7 @@ from glmconv.errors import SourceError, UnsupportedError
 from glmconv.formats import FORMATS
 from glmconv.formats.binding import refuse
 from glmconv.formats.coded import derived
-from glmconv.formats.format import FILE_PREFIX, Opened, OpenOptions, RowReader, row_size
+from glmconv.formats.format import FILE_PREFIX, Format, Opened, OpenOptions, RowReader, row_size
 
 if TYPE_CHECKING:
     import torch
@@ -126,6 +127,27 @@ def open_checkpoint(path: str | Path, *, mtp: bool = True, origin: str | Path | 
     Raises SourceError (broken, incomplete, hostile) or UnsupportedError (a format or architecture that is not known).
     """
     place = resolve(path)
+    with looked_at(place):
+        form = detected(place)
+    opened = form.open(place, OpenOptions(mtp, None if origin is None else resolve(origin, weights=False)))
+    if strict:
+        refuse(place, opened.missing, opened.unexpected, opened.wrong, opened.model)
+        if opened.missing or opened.unexpected or opened.wrong:
+            raise SourceError("is not complete.", file=place)
+    return Checkpoint(opened)
+
+
+@contextmanager
+def looked_at(path: Path) -> Iterator[None]:
+    """SourceError for a path that the system does not let us look at: no permission, a name too long."""
+    try:
+        yield
+    except OSError as problem:
+        raise SourceError(f"cannot be looked at: {problem.strerror}.", file=path) from None
+
+
+def detected(place: Path) -> Format:
+    """The format of a folder. UnsupportedError if it is none that is known, SourceError if it is an unfinished output."""
     unfinished(place)
     form = next((form for form in FORMATS.values() if form.detect(place)), None)
     if form is None and any(child.name.startswith("mp_rank_") for child in place.iterdir()):
@@ -136,12 +158,7 @@ def open_checkpoint(path: str | Path, *, mtp: bool = True, origin: str | Path | 
             hint=f"Formats: {', '.join(FORMATS)}.",
         )  # fmt: skip
     unfinished(form.manifest_at(place))
-    opened = form.open(place, OpenOptions(mtp, None if origin is None else resolve(origin, weights=False)))
-    if strict:
-        refuse(place, opened.missing, opened.unexpected, opened.wrong, opened.model)
-        if opened.missing or opened.unexpected or opened.wrong:
-            raise SourceError("is not complete.", file=place)
-    return Checkpoint(opened)
+    return form
 
 
 def unfinished(path: Path) -> None:
@@ -153,10 +170,11 @@ def unfinished(path: Path) -> None:
 def resolve(name: str | Path, *, weights: bool = True) -> Path:
     """A local folder, or a Hub id (`zai-org/GLM-4.5`) downloaded to the Hub's cache. SourceError if neither is there."""
     path = Path(name)
-    if path.exists():
-        if not path.is_dir():
-            raise UnsupportedError("is a file; a checkpoint is a folder.", file=path)
-        return path
+    with looked_at(path):
+        if path.exists():
+            if not path.is_dir():
+                raise UnsupportedError("is a file; a checkpoint is a folder.", file=path)
+            return path
     if not isinstance(name, str) or not HUB_ID.match(name):
         raise SourceError("does not exist.", file=path, hint="Pass a checkpoint's folder, or a Hub id such as zai-org/GLM-4.5.")
     from huggingface_hub import snapshot_download

@@ -61,6 +61,19 @@ def refused(glmconv, source: Path, to: str, code: int, says: str = "") -> None:
     assert marks(source.parent) == before
 
 
+@pytest.mark.parametrize("verb", ["inspect", "verify"])
+def test_a_path_that_cannot_be_looked_at_is_the_sources_fault(verb, source, glmconv, monkeypatch):
+    answer = glmconv(verb, "x" * 300, *(["y"] if verb == "verify" else []))
+    assert (answer.code, answer.out, len(answer.errors)) == (5, "", 1)
+
+    def refusing(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refusing)
+    answer = glmconv(verb, source, *([source] if verb == "verify" else []))
+    assert (answer.code, answer.out, len(answer.errors)) == (5, "", 1)
+
+
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.name)
 def test_a_bad_release_is_refused(bad, source, glmconv):
     bad.change(source)
