@@ -70,8 +70,8 @@ def run(args: list[str]) -> int:
         return int(result) if isinstance(result, int) else int(ExitCode.OK)
     except click.exceptions.Exit as leave:
         return leave.exit_code
-    except click.Abort:
-        return int(ExitCode.INTERRUPTED)
+    except click.Abort:  # what click makes of a KeyboardInterrupt
+        return exit_code(KeyboardInterrupt(), debug=False)
     except click.ClickException as problem:
         with contextlib.suppress(OSError):  # on a full disk
             problem.show()

@@ -43,7 +43,7 @@ def command(ctx: click.Context, /, src: str, dst: Path | None, to: tuple[str, ..
 
     The same command again, after any interruption, goes on where it stopped and gives the same bytes.
     """
-    from glmconv.cli.sessions import stoppable
+    from glmconv.cli.sessions import downloaded, stoppable
     from glmconv.convert import convert, options_of
     from glmconv.engine.queue import this_rank
     from glmconv.targets import parse_targets
@@ -53,6 +53,7 @@ def command(ctx: click.Context, /, src: str, dst: Path | None, to: tuple[str, ..
     if dry_run:
         return show_plan(out, src, dst, to, options, 1, 1)
     targets = parse_targets(to, dst)
+    downloaded(src)
     with stoppable() as stop, out.bar("convert") as (started, progress):
         done = convert(src, targets, options=options, started=started, progress=progress, stop=stop, log=out.detail)
     out.detail(f"{done.workers} workers, {done.tensors:,} tensors of {src}")

@@ -43,6 +43,15 @@ def stoppable() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
+def downloaded(*names: str | None) -> None:
+    """Fetch what is only on the Hub before signals are ours: a download must end at the first Ctrl-C, and it resumes by itself."""
+    from glmconv.checkpoint import resolve
+
+    for name in names:
+        if name is not None:
+            resolve(name)
+
+
 def exit_code(problem: BaseException, *, debug: bool) -> int:
     """Say what went wrong and give its exit code."""
     if isinstance(problem, GlmconvError):

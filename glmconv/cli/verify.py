@@ -43,11 +43,12 @@ def command(ctx: click.Context, a: str, b: str | None, workers: int, origin: str
     held against a bound on its error, everything else must be equal.
     """
     from glmconv.check.verify import verify_output, verify_same
-    from glmconv.cli.sessions import stoppable
+    from glmconv.cli.sessions import downloaded, stoppable
 
     out = output_of(ctx)
     if exact and b is None:
         raise UsageError("--exact needs the source too: glmconv verify SRC OUT --exact.")
+    downloaded(a, b)
     with stoppable() as stop, out.bar("verify") as (started, progress):
         if b is None or exact:
             check = (

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -114,3 +116,16 @@ def test_an_interrupted_verify_says_neither_yes_nor_no(arguments, source):
     code, out, err = stopped(child, signal.SIGINT)
     assert (code, out) == (130, "")
     assert err.startswith("error: interrupted")
+
+
+@pytest.mark.parametrize("command", [("convert", "zai-org/GLM-4.5", "there", "--to", "hf"), ("verify", "zai-org/GLM-4.5", "zai-org/GLM-4.6")])
+def test_a_download_ends_at_the_first_ctrl_c(command, glmconv, monkeypatch, tmp_path):
+    def download(*_: object, **__: object) -> str:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        raise AssertionError("the download went on")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    answer = glmconv(*command)
+    assert (answer.code, answer.out, len(answer.errors)) == (130, "", 1)
