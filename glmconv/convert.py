@@ -142,10 +142,10 @@ class Summary:
     notes: list[str]
 
 
-def plan(src: str | Path, to: Sequence[str], dst: Path | None = None, *, options: Options | None = None, ranks: int = 1) -> Summary:
+def plan(src: str | Path, to: Sequence[str], dst: str | Path | None = None, *, options: Options | None = None, ranks: int = 1) -> Summary:
     """Plan a conversion without writing anything. Raises as `convert` does for a source that is not in order."""
     options = options or Options()
-    targets = parse_targets(to, dst, need_path=False)
+    targets = parse_targets(to, None if dst is None else Path(dst), need_path=False)
     with open_checkpoint(src, mtp=options.mtp, origin=options.origin) as source:
         plans = plan_targets(source, targets, options)
         needed = sum(p.size for p in plans)

@@ -39,7 +39,9 @@ class Ratio(click.ParamType[Fraction]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Fraction:
         try:
-            ratio = Fraction(str(value)[:32])
+            if not re.fullmatch(r"\d{1,12}(/\d{1,12}|\.\d{1,12})?", str(value)):  # 1e-99999999 would never end
+                raise ValueError
+            ratio = Fraction(str(value))
         except (ValueError, ZeroDivisionError):
             self.fail(f"{value!r} is no ratio; write 1/16 or 0.25.", param, ctx)
         if not 0 < ratio <= 1:

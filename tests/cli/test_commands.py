@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import pytest
 
-from glmconv import convert
+from glmconv import convert, plan
 from glmconv.check import inspect as inspecting
 from glmconv.cli import group
 from tests.cli.processes import ENVIRONMENT, GLMCONV, ROOT, alone, called, may_mount
@@ -100,6 +100,7 @@ def test_the_verbs_are_functions_whatever_was_imported_before(first):
         ("toy", "glm4.5-355B-A32B"),
         ("toy", "glm4.5-355B-A32B", "-o", "DST", "--scale", "2"),
         ("toy", "glm4.5-355B-A32B", "-o", "DST", "--scale", "1/0"),
+        ("toy", "glm4.5-355B-A32B", "-o", "DST", "--scale", "1e-99999999"),
         ("toy", "glm4.5-355B-A32B", "-o", "DST", "--experts", "1"),
         ("verify",),
         ("verify", "A", "B", "C"),
@@ -123,6 +124,10 @@ def test_the_exit_code_is_right_where_stderr_is_full_or_closed(arguments, stderr
     command = " ".join([*GLMCONV, *(str(tiny) if argument == "SRC" else argument for argument in arguments)])
     ended = subprocess.run(["sh", "-c", f"{command} {stderr}"], env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL)
     assert ended.returncode == (2 if arguments == ("nope",) else 0)
+
+
+def test_a_plan_takes_its_destination_as_text_too(tiny, tmp_path):
+    assert plan(tiny, ["hf"], str(tmp_path / "there")).targets == plan(tiny, ["hf"], tmp_path / "there").targets
 
 
 # What is there
