@@ -63,6 +63,8 @@ def verify_output(
         ) from None
     except SourceError as problem:
         return ManifestCheck(root, damages=[Damage(MANIFEST, problem.line)])
+    except OSError as problem:  # a link, a pipe, a folder in its place
+        return ManifestCheck(root, damages=[Damage(MANIFEST, f"cannot be read: {problem.strerror}")])
     result = ManifestCheck(root, len(manifest.files), len(manifest.tensors), sum(file.size for file in manifest.files.values()))
     if started:
         started(result.bytes)

@@ -215,6 +215,16 @@ def test_a_manifest_that_names_an_unknown_dtype_is_a_finding(outputs, tmp_path, 
     assert NORM in answer.out
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("config.json")], ids=["pipe", "folder", "link"])
+def test_something_else_in_the_manifests_place_is_found(make, outputs, tmp_path, glmconv):
+    root = shutil.copytree(outputs["hf"], tmp_path / "output", ignore=shutil.ignore_patterns(".glmconv"))
+    (root / MANIFEST).unlink()
+    make(root / MANIFEST)
+    answer = glmconv("verify", root)
+    assert (answer.code, answer.err) == (1, "")
+    assert f"{MANIFEST}: cannot be read" in answer.out
+
+
 def test_a_link_in_a_files_place_is_found(outputs, tmp_path, glmconv):
     root = shutil.copytree(outputs["hf"], tmp_path / "output", ignore=shutil.ignore_patterns(".glmconv"))
     (root / "config.json").rename(tmp_path / "elsewhere")
