@@ -17,21 +17,29 @@ class Turns:
     def __init__(self, count: int, choose: Choose) -> None:
         self.at_work = list(range(count))
         self.choose = choose
-        self.now = choose(self.at_work, 0)
+        self.now = -1  # nobody's, until all have arrived: who comes first must decide nothing
+        self.missing = set(self.at_work)
         self.changed = threading.Condition()
 
     def wait(self, me: int) -> None:
         with self.changed:
-            if self.now == me:
-                self.now = self.choose(self.at_work, me)
+            if self.now == me or self.arrives(me):
+                self.now = self.choose(self.at_work, max(self.now, 0))
                 self.changed.notify_all()
             if not self.changed.wait_for(lambda: self.now == me, timeout=60):
                 raise AssertionError(f"participant {me} never had its turn")
 
+    def arrives(self, me: int) -> bool:
+        """Whether this one is the last to arrive."""
+        first = me in self.missing
+        self.missing.discard(me)
+        return first and not self.missing
+
     def leave(self, me: int) -> None:
         with self.changed:
             self.at_work.remove(me)
-            if self.at_work and self.now == me:
+            last = self.arrives(me)
+            if self.at_work and (self.now == me or last):
                 self.now = self.choose(self.at_work, me)
             self.changed.notify_all()
 
