@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from glmconv.archs import Model
 from glmconv.dtypes import DType
-from glmconv.errors import SourceError, UnsupportedError
+from glmconv.errors import SourceError, UnsupportedError, UsageError
 from glmconv.formats import FORMATS
 from glmconv.formats.binding import refuse
 from glmconv.formats.coded import derived
@@ -169,6 +169,8 @@ def unfinished(path: Path) -> None:
 
 def resolve(name: str | Path, *, weights: bool = True) -> Path:
     """A local folder, or a Hub id (`zai-org/GLM-4.5`) downloaded to the Hub's cache. SourceError if neither is there."""
+    if not str(name):
+        raise UsageError("the source is empty.", hint="Is a variable of your script not set?")
     path = Path(name)
     with looked_at(path):
         if path.exists():

@@ -111,6 +111,8 @@ def resident() -> int:
 
 def plan_targets(source: Checkpoint, targets: Sequence[TargetSpec], options: Options) -> list[Plan]:
     """One plan a target: every file of the output, before one weight is read."""
+    if options.iteration is not None and all(target.format != "torch_dist" for target in targets):
+        raise UsageError("--iteration is a torch_dist checkpoint's; no target is one.")
     return [FORMATS[target.format].plan(source.opened, options.layout(target)) for target in targets]
 
 

@@ -115,7 +115,7 @@ def bind(spec: ArchSpec, config: Mapping[str, object], *, aliases: bool = False,
 def _whole(value: object, field: str, highest: int, lowest: int, file: object) -> int:
     if value is None:
         raise SourceError(f"{field} is missing.", file=file, hint="Take config.json from the model's release.")
-    if not isinstance(value, int):
+    if not isinstance(value, int) or (isinstance(value, bool) and lowest):  # true is 1 where a flag may be absent, and nowhere else
         raise SourceError(f"{field} is {value!r}, a whole number is needed.", file=file)
     if not lowest <= value <= highest:
         raise SourceError(f"{field} is {value}, it must be {lowest} to {highest}.", file=file)

@@ -155,7 +155,7 @@ def verify_same(
     """
     with open_checkpoint(a, origin=origin, mtp=mtp, strict=False) as left, open_checkpoint(b, origin=origin, mtp=mtp, strict=False) as right:
         if started:
-            started(sum(tensor.nbytes for _, tensor in left))
+            started(sum(tensor.nbytes for _, tensor in list(left)[::every]))
         result = compare(left, right, workers=workers, progress=progress, stop=stop, every=every, max_rmse=max_rmse)
         for side in (left, right):
             opened = side.opened

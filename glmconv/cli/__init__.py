@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import sys
 
@@ -51,7 +52,7 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
 @click.pass_context
 def group(ctx: click.Context, debug: bool) -> None:
-    """Convert GLM checkpoints between Hugging Face and Megatron torch_dist: on CPUs, streaming, resumable, exact."""
+    """Convert GLM checkpoints between Hugging Face, Megatron torch_dist, FP8 and 4 bits: on CPUs, streaming, resumable, exact."""
     ctx.ensure_object(dict)
 
 
@@ -78,6 +79,9 @@ def run(args: list[str]) -> int:
         return int(ExitCode.USAGE)
     except BrokenPipeError:
         return int(ExitCode.OK)
+    except OSError as problem:
+        full = problem.errno == errno.ENOSPC and problem.filename is None  # a help text or version that there is no room for
+        return int(ExitCode.OUTPUT) if full else exit_code(problem, debug="--debug" in args)
     except BaseException as problem:
         if isinstance(problem, (SystemExit, GeneratorExit)):
             raise

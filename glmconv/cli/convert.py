@@ -51,7 +51,7 @@ def command(ctx: click.Context, /, src: str, dst: Path | None, to: tuple[str, ..
     out = output_of(ctx)
     options = options_of(chosen)
     if dry_run:
-        return show_plan(out, src, dst, to, options, 1, 1)
+        return show_plan(ctx, src, dst, to, options, 1)
     targets = parse_targets(to, dst)
     downloaded(src)
     with stoppable() as stop, out.bar("convert") as (started, progress):
@@ -100,6 +100,7 @@ def _summary(done: object, verified: dict[str, object]) -> dict[str, object]:
             "bytes_written": o.bytes_written,
             "already_done": o.already_done,
             "manifest": str(o.manifest),
+            "moved_aside": str(o.moved_aside) if o.moved_aside else None,
         }
         for o in done.outcomes
     ]
@@ -113,7 +114,7 @@ def _print(out: Output, src: str, targets: object, done: object, verified: dict[
     for outcome in done.outcomes:
         plan = outcome.target.plan
         if outcome.moved_aside:
-            out.note(f"what was there is now {outcome.moved_aside}")
+            out.data(f"what was there is now {outcome.moved_aside}")
         if outcome.already_done:
             out.data(f"{outcome.target.root}: already done ({plan.to}, {human(plan.size)}); nothing was written")
             continue

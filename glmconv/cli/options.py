@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -70,6 +70,27 @@ def output_options(command: F) -> F:
 def output_of(ctx: click.Context) -> Output:
     found = ctx.ensure_object(dict)
     return Output(found.get("json", False), found.get("quiet", False), found.get("verbose", False), found.get("progress", "auto"))
+
+
+RUN_OPTIONS = (
+    "to", "file_size", "max_memory", "workers", "resume", "resume_check", "overwrite", "mtp", "origin", "iteration", "keep", "first_layers_bf16",
+    "last_layers_bf16", "ragged", "serve_tp", "serve_ep", "nonfinite",
+)  # fmt: skip
+
+
+def spelled(ctx: click.Context, names: Sequence[str]) -> list[str]:
+    """The options among `names` that the command line gave, as it would give them again."""
+    words: list[str] = []
+    for param in ctx.command.params:
+        given = ctx.get_parameter_source(param.name or "") is click.core.ParameterSource.COMMANDLINE
+        if isinstance(param, click.Option) and given and param.name in names:
+            value = ctx.params[param.name]
+            if param.is_flag:
+                words.append((param.opts if value else param.secondary_opts)[0])
+            else:
+                for one in value if param.multiple else (value,):
+                    words += [param.opts[-1], str(one)]
+    return words
 
 
 def run_options(command: F) -> F:

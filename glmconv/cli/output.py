@@ -77,7 +77,7 @@ class Output:
         ) as bar:  # fmt: skip
 
             def started(total: int) -> None:
-                bar.total = total
+                bar.total = (bar.total or 0) + total  # of one output after another
                 bar.refresh()
 
             def progress(done: int) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from glmconv.cli.options import output_of, output_options, run_options
-from glmconv.cli.output import Output, human, table
+from glmconv.cli.options import RUN_OPTIONS, output_of, output_options, run_options, spelled
+from glmconv.cli.output import human, table
+from glmconv.errors import UsageError
 
 if TYPE_CHECKING:
     from glmconv.convert import Options
 
+MOST_RANKS = 1_000_000
 EPILOG = """\b
 Examples:
   glmconv plan zai-org/GLM-4.5 --to torch_dist --nodes 2 --ranks-per-node 8
@@ -23,7 +26,7 @@ Examples:
 @click.command("plan", epilog=EPILOG)
 @click.argument("src")
 @click.argument("dst", required=False, type=click.Path(path_type=Path))
-@click.option("--to", multiple=True, metavar="FORMAT[=DIR]", help="What would be written: hf or torch_dist; several may be given.")
+@click.option("--to", multiple=True, metavar="TARGET[=DIR]", help="What would be written; several may be given.")
 @click.option("--nodes", type=click.IntRange(1, 100_000), default=1, show_default=True, help="Balance over this many nodes.")
 @click.option("--ranks-per-node", type=click.IntRange(1, 1024), default=1, show_default=True, help="Ranks on each node.")
 @run_options
@@ -33,13 +36,16 @@ def command(ctx: click.Context, /, src: str, dst: Path | None, to: tuple[str, ..
     """Say what converting SRC would read, write and need. Nothing is written."""
     from glmconv.convert import options_of
 
-    return show_plan(output_of(ctx), src, dst, to, options_of(chosen), nodes, ranks_per_node)
+    if nodes * ranks_per_node > MOST_RANKS:
+        raise UsageError(f"{nodes * ranks_per_node:,} ranks are more than {MOST_RANKS:,}.")
+    return show_plan(ctx, src, dst, to, options_of(chosen), nodes * ranks_per_node)
 
 
-def show_plan(out: Output, src: str, dst: Path | None, to: tuple[str, ...], options: Options, nodes: int, ranks_per_node: int) -> int:
+def show_plan(ctx: click.Context, src: str, dst: Path | None, to: tuple[str, ...], options: Options, ranks: int) -> int:
     from glmconv.convert import plan
 
-    summary = plan(src, to, dst, options=options, ranks=nodes * ranks_per_node)
+    out = output_of(ctx)
+    summary = plan(src, to, dst, options=options, ranks=ranks)
     if out.json:
         out.json_data(summary)
         return 0
@@ -55,5 +61,6 @@ def show_plan(out: Output, src: str, dst: Path | None, to: tuple[str, ...], opti
         )
     for note in summary.notes:
         out.note(f"note: {note}")
-    out.note(f"next: glmconv convert {src} {dst or 'DST'} {' '.join(f'--to {t}' for t in to)}")
+    words = [src, *([str(dst)] if dst else [] if all("=" in text for text in to) else ["DST"]), *spelled(ctx, RUN_OPTIONS)]
+    out.note(f"next: glmconv convert {shlex.join(words)}")
     return 0

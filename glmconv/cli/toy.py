@@ -49,5 +49,7 @@ def command(
         out.json_data({"path": str(output), "preset": preset, "tensors": tensors, "bytes": plan.size, "files": len(plan.files) + len(plan.marks)})
     else:
         out.data(f"{output}: {tensors:,} tensors, {len(plan.files) + len(plan.marks)} files, {human(plan.size)}")
+    if outcome.moved_aside:
+        out.note(f"what was there is now {outcome.moved_aside}")
     out.note(f"next: glmconv convert {output} DST --to torch_dist")
     return 0

@@ -128,6 +128,9 @@ def open_folder(path: Path, options: OpenOptions) -> Opened:
         tensors[name] = rows if rows.dtype == canonical else Widened(rows, canonical)
     known = set(model.tensors) | set(wanted.dropped) | coded.taken
     there = {name for name in (*model.tensors, *wanted.dropped) if name in stored} | set(tensors) | {name for name, _ in coded.wrong}
+    if config.get("tie_word_embeddings") is True and "lm_head.weight" in model.tensors and "lm_head.weight" not in there:
+        hint = "Untie them first, or take a release that stores lm_head.weight."
+        raise UnsupportedError("ties lm_head to the embeddings; no release of this architecture does.", file=path / CONFIG, hint=hint)
     side = side_files(folder, names, len(numbers))
     fingerprint = {
         "format": "hf",

@@ -101,5 +101,7 @@ def described(answers: Sequence[Serving]) -> str:
     text = f"can be served at TP {sizes}{experts}" if fine else f"can be served at no TP of {', '.join(str(a.parallel.tensor) for a in answers)}"
     if fine:
         last = fine[-1]
-        text += f" ({last.bytes_per_rank / 1e9:,.{1 if last.bytes_per_rank > 1e8 else 4}f} GB of weights per GPU at TP {last.parallel.tensor})"
+        size = last.bytes_per_rank
+        weight = f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+        text += f" ({weight} of weights per GPU at TP {last.parallel.tensor})"
     return text + (f"; not at TP {wrong.parallel.tensor}: {wrong.problem}" if wrong else "")

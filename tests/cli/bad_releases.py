@@ -343,6 +343,7 @@ CONFIGS = (
     Bad("a million experts", config(n_routed_experts=10**6)),
     Bad("no experts", config(n_routed_experts=0)),
     Bad("more experts chosen than there are", config(num_experts_per_tok=5)),
+    Bad("a hidden size that is true", config(hidden_size=True), says="hidden_size is True"),
     Bad("a hidden size of 2**40", config(hidden_size=2**40)),
     Bad("another hidden size", config(hidden_size=72)),
     Bad("another vocabulary", config(vocab_size=3000)),

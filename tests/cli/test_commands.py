@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -530,3 +531,51 @@ def test_values_that_are_not_finite_are_passed_on_and_said(tiny, tmp_path, glmco
     assert "note: 2 tensors hold NaN or Inf, which was passed on as it is; model.layers.0.mlp.down_proj.weight does in row 0" in answer.err
     assert glmconv("verify", source, tmp_path / "there").code == 0
     assert "NaN" not in glmconv("convert", tiny, tmp_path / "fine", "--to", "torch_dist").err
+
+
+def test_an_empty_source_is_a_usage_error_and_not_this_folder(tiny, tmp_path, monkeypatch, glmconv):
+    monkeypatch.chdir(copied(tiny, tmp_path / "here"))
+    before = marks(tmp_path)
+    for command in (("convert", "", "DST", "--to", "hf", "--overwrite"), ("inspect", ""), ("verify", "", "")):
+        assert glmconv(*command).code == 2
+    assert marks(tmp_path) == before
+
+
+@pytest.mark.parametrize("options", [("--to", "hf", "--iteration", "3"), ("--to", "hf", "--nodes", "100000", "--ranks-per-node", "1000")])
+def test_options_that_make_no_sense_here_are_usage_errors(options, tiny, glmconv):
+    assert glmconv("plan", tiny, *options).code == 2
+
+
+def test_the_next_command_of_a_plan_is_the_same_conversion(tiny, tmp_path, glmconv):
+    options = ["--to", "fp8:channel", "--keep", "layers\\.0", "--shard-size", "100kB", "--mtp", "drop", "--first-layers-bf16", "1"]
+    answer = glmconv("plan", tiny, tmp_path / "there", *options, "--json")
+    (line,) = [line for line in glmconv("plan", tiny, tmp_path / "there", *options).err.splitlines() if line.startswith("next: ")]
+    words = shlex.split(line.removeprefix("next: glmconv "))
+    assert glmconv(*words).code == 0
+    (claim,) = (tmp_path / "there").glob(".glmconv/plan.json")
+    assert document(answer.out)["targets"][0]["plan_id"] in claim.read_text()
+
+
+def test_what_was_moved_aside_is_said_in_json_too(tiny, tmp_path, glmconv):
+    assert glmconv("convert", tiny, tmp_path / "there", "--to", "torch_dist").code == 0
+    answer = document(glmconv("convert", tiny, tmp_path / "there", "--to", "hf", "--overwrite", "--json").out)
+    assert answer["targets"][0]["moved_aside"] == str(tmp_path / "there.bak-1")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_help_text_without_room_is_exit_7():
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([*GLMCONV, "--help"], env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE).returncode == 7
+
+
+def test_tied_embeddings_are_said_to_be_unsupported(tiny, tmp_path, glmconv):
+    source = copied(tiny, tmp_path / "source")
+    surgery = Surgery.at(source, "lm_head.weight")
+    del surgery.tensors["lm_head.weight"]
+    surgery.close()
+    reindexed(source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    answer = glmconv("inspect", source)
+    assert answer.code == 6
+    assert "ties lm_head" in answer.errors[0]
