@@ -1,6 +1,6 @@
 """Times Hugging Face -> torch_dist and back against `cp -r` of the Hugging Face folder, in the same run, both until the bytes are on the disk.
 
-    python bench/convert.py [--size small|wide] [--work build/bench] [--where disk|ram|both] [--repeat 3] [--cache cold|warm] [--json]
+    python bench/convert.py [--size small|wide] [--to fp8 ...] [--work build/bench] [--where disk|ram|both] [--repeat 3] [--cache cold|warm] [--json]
 
 Ours is `glmconv convert --verify none`, which hashes every byte and fsyncs every file and folder; theirs is `cp -r SRC DST && sync -f DST`.
 The three take turns (cp, there, back, cp, there, back, ...), each into a fresh folder that is deleted outside the clock. Before each run
@@ -77,9 +77,10 @@ def main() -> None:
         if problem := lacking(place, SIZES[options.size].needs):
             print(f"{where}: left out, {problem}", file=sys.stderr)
             continue
-        lines += measure(place, where, options)
+        made = measure(place, where, options)
+        lines += made
         if not options.json:
-            print(*lines[-3:], sep="\n", flush=True)
+            print(*made, sep="\n", flush=True)
     if options.json:
         kept = {"machine": machine(), "load": load, "size": options.size, "cache": options.cache}
         print(json.dumps(kept | {"lines": [asdict(line) for line in lines]}, indent=2))
@@ -88,6 +89,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--to", action="append", default=[], help="a quantized target to time as well, from the Hugging Face folder; may be repeated")
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="a folder on the disk to be measured; what is made in it is deleted")
     parser.add_argument("--where", choices=("disk", "ram", "both"), default="both", help=f"the RAM disk is {RAM_DISK}")
     parser.add_argument("--repeat", type=int, default=3)
@@ -124,6 +126,7 @@ def measure(place: Path, where: str, options: argparse.Namespace) -> list[Line]:
         there = [*ours, *size.options, "--to", "torch_dist"]
         run([*there, str(release), str(megatron)])
         commands = {"cp -r + sync": (COPY, release), "HF -> torch_dist": (there, release), "torch_dist -> HF": ([*ours, "--to", "hf"], megatron)}
+        commands |= {f"HF -> {to}": ([*ours, *size.options, "--to", to], release) for to in options.to}
         runs: dict[str, list[Watched]] = {what: [] for what in commands}
         for _ in range(options.repeat):
             for what, (command, source) in commands.items():
