@@ -83,34 +83,32 @@ def _load(weight, i, shift, bits, precision, small):
 
 
 @jit
-def _ranges(floats, group, low, high):
-    """The least and the largest value of each group: eight lanes at a time, then among the eight."""
-    least, most = np.empty(PACK, np.float32), np.empty(PACK, np.float32)
-    for g in range(len(floats) // group):
-        values = floats[g * group : g * group + group]
-        for j in range(PACK):
-            least[j] = most[j] = values[j]
-        for at in range(PACK, group, PACK):
-            lanes = values[at : at + PACK]
-            for j in range(PACK):
-                least[j] = lanes[j] if lanes[j] < least[j] else least[j]
-                most[j] = lanes[j] if lanes[j] > most[j] else most[j]
-        for j in range(1, PACK):
-            least[0] = least[j] if least[j] < least[0] else least[0]
-            most[0] = most[j] if most[j] > most[0] else most[0]
-        low[g], high[g] = least[0], most[0]
+def _ranges(bits, group, order, low, high):
+    """The least and the largest value of each group. As whole numbers that are ordered as the floats are, they make vector instructions."""
+    floats = order.view(np.float32)
+    for j in range(len(bits)):
+        order[j] = WORD(bits[j] ^ WORD(WORD(bits[j] >> WORD(31)) & WORD(0x7FFFFFFF)))
+    for g in range(len(bits) // group):
+        values = order[g * group : g * group + group]
+        least = most = values[0]
+        for j in range(group):
+            least, most = min(least, values[j]), max(most, values[j])
+        order[0] = WORD(least ^ WORD(WORD(least >> WORD(31)) & WORD(0x7FFFFFFF)))  # the same step leads back; group 0 has been seen
+        low[g] = floats[0]
+        order[0] = WORD(most ^ WORD(WORD(most >> WORD(31)) & WORD(0x7FFFFFFF)))
+        high[g] = floats[0]
 
 
 @jit
 def _encode_packed(weight, packed, scales, zeros, asymmetric, group, lows, highs, shift, precision, epsilon, rows):
-    bits, one, low, high, spread, offset, small = rows
+    bits, one, low, high, spread, offset, small, _ = rows
     floats = bits.view(np.float32)
     first = np.int64(-1)
     columns = weight.shape[1]
     for i in range(weight.shape[0]):
         bad = _load(weight, i, shift, bits, precision, small)
         first = np.int64(i) * columns + bad if bad >= 0 and first < 0 else first
-        _ranges(floats, group, low, high)
+        _ranges(bits, group, small.view(np.int32), low, high)
         for g in range(scales.shape[1]):
             least, most = (lows[i, g], highs[i, g]) if lows.shape[0] else (low[g], high[g])
             least, most = min(least, np.float32(0)), max(most, np.float32(0))
@@ -152,7 +150,7 @@ def _encode_packed(weight, packed, scales, zeros, asymmetric, group, lows, highs
 
 def _rows(columns: int) -> tuple[Array, ...]:
     """A row's worth of memory for each step."""
-    return (np.empty(columns, np.int32), np.empty(1, np.int32), *(np.empty(columns, np.float32) for _ in range(5)))
+    return (np.empty(columns, np.int32), np.empty(1, np.int32), *(np.empty(columns, np.float32) for _ in range(6)))
 
 
 def _as_bits(weight: Array) -> tuple[Array, np.int32, int]:
@@ -210,21 +208,35 @@ def unpack_zeros(words: Array) -> Array:
 
 
 @jit
-def _decode_packed(packed, scales, zeros, asymmetric, out, group, narrow, one):
-    alone = one.view(np.float32)
+def _narrow(bits, count, out, narrow):
+    """float32 bits into bfloat16's, rounded, or as they are."""
+    if narrow:
+        for j in range(count):
+            odd = WORD(WORD(bits[j] >> WORD(16)) & WORD(1))
+            out[j] = np.uint16(WORD(WORD(bits[j] + WORD(0x7FFF)) + odd) >> WORD(16))
+    else:
+        for j in range(count):
+            out[j] = np.uint32(bits[j])
+
+
+@jit
+def _decode_packed(packed, scales, zeros, asymmetric, out, group, narrow, bits, codes):
+    floats = bits.view(np.float32)
+    columns = out.shape[1]
     for i in range(packed.shape[0]):
+        words = packed[i]
+        for word in range(columns // PACK):
+            value = words[word]
+            eight = codes[word * PACK : word * PACK + PACK]
+            for k in range(PACK):
+                eight[k] = WORD(WORD(value >> WORD(4 * k)) & WORD(15))
         for g in range(scales.shape[1]):
             scale = scales[i, g]
-            zero = np.float32(zeros[i, g]) if asymmetric else np.float32(0)
-            for word in range(group // PACK):
-                value = packed[i, g * group // PACK + word]
-                for k in range(PACK):
-                    code = np.float32(np.int64((value >> np.uint32(4 * k)) & np.uint32(15)) - 8)
-                    alone[0] = (code - zero) * scale
-                    result = one[0]
-                    if narrow:
-                        result = (result + np.uint32(0x7FFF) + ((result >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-                    out[i, g * group + word * PACK + k] = result
+            zero = WORD(8 + (zeros[i, g] if asymmetric else 0))
+            these, values = codes[g * group : g * group + group], floats[g * group : g * group + group]
+            for j in range(group):
+                values[j] = np.float32(WORD(these[j] - zero)) * scale
+        _narrow(bits, columns, out[i], narrow)
 
 
 def _into(out: Array) -> Array:
@@ -244,22 +256,23 @@ def decode_packed(packed: Array, scales: Array, zeros: Array | None, out: Array,
     """(code - zero) * scale in float32, rounded once to `out` [rows, K]. With bfloat16 scales the product is exact, so these are the peer's bits."""
     kept = np.empty((0, 0), np.int8) if zeros is None else zeros
     made = _into(out)
-    words = np.ascontiguousarray(packed).view(np.uint32)
-    _decode_packed(words, widened(scales), kept, zeros is not None, made, group, out.dtype == np.uint16, np.empty(1, np.uint32))
+    columns = out.shape[1]
+    bits, codes = np.empty(columns, np.int32), np.empty(columns, np.int32)
+    _decode_packed(np.ascontiguousarray(packed), widened(scales), kept, zeros is not None, made, group, out.dtype == np.uint16, bits, codes)
     _deliver(made, out)
 
 
 @jit
 def _encode_awq(weight, codes, zeros, scales, group, lows, highs, shift, rows):
     """Codes uint8 [rows, K], zeros uint8 and scales float32 [rows, groups] of some rows."""
-    bits, one, low, high, spread, offset, small = rows
+    bits, one, low, high, spread, offset, small, product = rows
     floats = bits.view(np.float32)
     first = np.int64(-1)
     columns = weight.shape[1]
     for i in range(weight.shape[0]):
         bad = _load(weight, i, shift, bits, FLOAT16, small)
         first = np.int64(i) * columns + bad if bad >= 0 and first < 0 else first
-        _ranges(floats, group, low, high)
+        _ranges(bits, group, small.view(np.int32), low, high)
         for g in range(scales.shape[1]):
             least, most = (lows[i, g], highs[i, g]) if lows.shape[0] else (low[g], high[g])
             span = max(_rounded(most - least, one, FLOAT16, small), np.float32(1.0013580322265625e-05))  # 1e-5 in float16
@@ -270,6 +283,7 @@ def _encode_awq(weight, codes, zeros, scales, group, lows, highs, shift, rows):
             zeros[i, g] = np.uint8(zero)
             spread[g * group : g * group + group] = scale
             offset[g * group : g * group + group] = zero
+            product[g * group : g * group + group] = _rounded(zero * scale, one, FLOAT16, small)
         for j in range(columns):
             floats[j] = floats[j] / spread[j]
         _round(bits, columns, FLOAT16, small)
@@ -283,10 +297,7 @@ def _encode_awq(weight, codes, zeros, scales, group, lows, highs, shift, rows):
             floats[j] = (code - offset[j]) * spread[j]
         _round(bits, columns, FLOAT16, small)
         for j in range(columns):
-            offset[j] = offset[j] * spread[j]
-        _round(offset.view(np.int32), columns, FLOAT16, small)
-        for j in range(columns):
-            floats[j] = floats[j] + offset[j]
+            floats[j] = floats[j] + product[j]
         _round(bits, columns, FLOAT16, small)
         for j in range(columns):
             floats[j] = floats[j] / spread[j]
@@ -299,14 +310,22 @@ def _encode_awq(weight, codes, zeros, scales, group, lows, highs, shift, rows):
 
 
 @jit
-def _pack_awq(codes, out):
-    """uint8 [rows, columns] to words [columns, rows/8] in AutoAWQ's order."""
-    for column in range(codes.shape[1]):
-        for c in range(out.shape[1]):
-            word = np.uint32(0)
+def _pack_awq(codes, out, tile):
+    """uint8 [rows, columns] to words [columns, rows/8] in AutoAWQ's order: words made along the columns, then turned a tile at a time."""
+    columns, words = codes.shape[1], out.shape[1]
+    for j0 in range(0, columns, TILE):
+        count = min(TILE, columns - j0)
+        for c in range(words):
+            made = tile[c]
+            for j in range(count):
+                made[j] = WORD(0)
             for i in range(PACK):
-                word |= np.uint32(codes[c * PACK + i, column]) << np.uint32(4 * (i // 2) + 16 * (i % 2))
-            out[column, c] = word
+                row, shift = codes[c * PACK + i, j0 : j0 + count], WORD(4 * (i // 2) + 16 * (i % 2))
+                for j in range(count):
+                    made[j] = WORD(made[j] | WORD(WORD(row[j]) << shift))
+        for j in range(count):
+            for c in range(words):
+                out[j0 + j, c] = tile[c, j]
 
 
 def encode_awq(weight: Array, qweight: Array, qzeros: Array, scales: Array, group: int, limits: Limits | None = None) -> int:
@@ -319,7 +338,7 @@ def encode_awq(weight: Array, qweight: Array, qzeros: Array, scales: Array, grou
     values, shift, _ = _as_bits(weight)
     rows, groups = weight.shape[0], weight.shape[1] // group
     lows, highs = limits or (NO_LIMITS, NO_LIMITS)
-    memory = _rows(weight.shape[1])
+    memory, tile = _rows(weight.shape[1]), np.empty((TILE // PACK, TILE), np.int32)
     first = -1
     for at in range(0, rows, TILE):
         part = values[at : at + TILE]
@@ -328,31 +347,33 @@ def encode_awq(weight: Array, qweight: Array, qzeros: Array, scales: Array, grou
         bad = _encode_awq(part, codes, zeros, wide, group, lows[at : at + TILE], highs[at : at + TILE], shift, memory)
         first = at * weight.shape[1] + int(bad) if bad >= 0 > first else first
         words = slice(at // PACK, (at + len(part)) // PACK)
-        _pack_awq(codes, qweight.view(np.uint32)[:, words])
-        _pack_awq(zeros, qzeros.view(np.uint32)[:, words])
+        _pack_awq(codes, qweight[:, words], tile)
+        _pack_awq(zeros, qzeros[:, words], tile)
         scales[:, at : at + len(part)] = wide.T
     return first
 
 
 @jit
-def _decode_awq(qweight, qzeros, scales, out, group, narrow, one):
-    alone = one.view(np.float32)
+def _decode_awq(qweight, qzeros, scales, out, group, narrow, words, bits):
+    floats = bits.view(np.float32)
+    columns = qweight.shape[0]
     for c in range(qweight.shape[1]):
-        for column in range(qweight.shape[0]):
-            value, zero = qweight[column, c], qzeros[column // group, c]
-            for i in range(PACK):
-                at = np.uint32(4 * (i // 2) + 16 * (i % 2))
-                code = np.int64((value >> at) & np.uint32(15)) - np.int64((zero >> at) & np.uint32(15))
-                alone[0] = np.float32(code) * scales[column // group, c * PACK + i]
-                result = one[0]
-                if narrow:
-                    result = (result + np.uint32(0x7FFF) + ((result >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-                out[c * PACK + i, column] = result
+        for j in range(columns):
+            words[j] = qweight[j, c]
+        for i in range(PACK):
+            shift = WORD(4 * (i // 2) + 16 * (i % 2))
+            for g in range(columns // group):
+                zero = WORD(WORD(qzeros[g, c] >> shift) & WORD(15))
+                scale = scales[g, c * PACK + i]
+                these, values = words[g * group : g * group + group], floats[g * group : g * group + group]
+                for j in range(group):
+                    values[j] = np.float32(WORD(WORD(WORD(these[j] >> shift) & WORD(15)) - zero)) * scale
+            _narrow(bits, columns, out[c * PACK + i], narrow)
 
 
 def decode_awq(qweight: Array, qzeros: Array, scales: Array, out: Array, group: int) -> None:
     """(code - zero) * scale, exact in float32 as the scale is float16, rounded once to `out` [rows, K]; the parts are views of these rows."""
     made = _into(out)
-    words, zeros = (np.ascontiguousarray(part).view(np.uint32) for part in (qweight, qzeros))
-    _decode_awq(words, zeros, np.ascontiguousarray(scales).astype(np.float32), made, group, out.dtype == np.uint16, np.empty(1, np.uint32))
+    words, bits = np.empty(out.shape[1], np.int32), np.empty(out.shape[1], np.int32)
+    _decode_awq(qweight, qzeros, np.ascontiguousarray(scales).astype(np.float32), made, group, out.dtype == np.uint16, words, bits)
     _deliver(made, out)
