@@ -19,13 +19,15 @@ from glmconv.engine.run import Outcome
 from glmconv.engine.run import run as run_plans
 from glmconv.errors import CapacityError, SourceError, UsageError
 from glmconv.formats import FORMATS
-from glmconv.formats.format import LayoutOptions
+from glmconv.formats.coded import CodedRows
+from glmconv.formats.format import LayoutOptions, row_size
 from glmconv.formats.selection import QuantOptions
 from glmconv.targets import TargetSpec, parse_target, parse_targets
 
 CHUNK = 4 << 20
 SMALLEST_CHUNK = 1 << 20
 MIB = 1 << 20
+COMPILED = 128 << 20  # numba and its compiled loops, seen at 105 MB
 
 
 @dataclass(frozen=True)
@@ -81,23 +83,38 @@ class Resources:
     peak: int
 
 
-def resources(options: Options) -> Resources:
-    """Workers and buffer size that `max_memory` allows: two buffers a worker beside what the process holds. CapacityError if not even one fits."""
+def resources(options: Options, source: Checkpoint, plans: Sequence[Plan]) -> Resources:
+    """Workers and buffer size that `max_memory` allows: two buffers a worker, and what codecs hold, beside what the process holds.
+
+    CapacityError if not even one worker fits.
+    """
+    codecs, held = codec_memory(source, plans)
     workers = options.workers or max(1, min(8, (os.cpu_count() or 1) // ranks_here()))
-    base = resident() + (64 << 20)  # what reading headers, journals and marks takes at most, seen with 44,691 tensors
+    base = resident() + codecs + (64 << 20)  # what reading headers, journals and marks takes at most, seen with 44,691 tensors
     chunk = CHUNK
     limit = options.max_memory
     if limit is not None:
-        while workers > 1 and base + workers * 2 * chunk > limit:
+        while workers > 1 and base + workers * (2 * chunk + held) > limit:
             workers -= 1
-        while chunk > SMALLEST_CHUNK and base + 2 * chunk > limit:
+        while chunk > SMALLEST_CHUNK and base + 2 * chunk + held > limit:
             chunk //= 2
-        if base + 2 * chunk > limit:
+        if base + 2 * chunk + held > limit:
             raise CapacityError(
-                f"--max-memory {limit / MIB:,.1f} MiB is less than one worker needs here: {(base + 2 * chunk) / MIB:,.1f} MiB.",
+                f"--max-memory {limit / MIB:,.1f} MiB is less than one worker needs here: {(base + 2 * chunk + held) / MIB:,.1f} MiB.",
                 hint="Allow more memory.",
             )
-    return Resources(workers, chunk, base + workers * 2 * chunk)
+    return Resources(workers, chunk, base + workers * (2 * chunk + held))
+
+
+def codec_memory(source: Checkpoint, plans: Sequence[Plan]) -> tuple[int, int]:
+    """(bytes of a process, bytes of a worker) that encoding and decoding add: compiled loops, and the parts of one tensor that are held."""
+    held: dict[int, int] = {}
+    for piece in (piece for made in plans for file in made.files for piece in file.pieces if piece.encoder):
+        if piece.encoder and (piece.part or not piece.encoder.row_bytes):
+            held[id(piece.encoder)] = held.get(id(piece.encoder), 0) + piece.payload
+    coded = [reader for reader in source.opened.tensors.values() if isinstance(reader, CodedRows)]
+    read = max((sum(row_size(part.shape, part.dtype) * (part.shape or (1,))[0] for part in reader.parts.values()) for reader in coded), default=0)
+    return (COMPILED if held or coded else 0), max(held.values(), default=0) + read
 
 
 def resident() -> int:
@@ -160,7 +177,7 @@ def plan(src: str | Path, to: Sequence[str], dst: str | Path | None = None, *, o
             targets=[_described(target, p) for target, p in zip(targets, plans, strict=True)],
             bytes_read=bytes_read(source, plans),
             bytes_written=sum(p.size for p in plans),
-            peak_memory=resources(options).peak,
+            peak_memory=resources(options, source, plans).peak,
             disk_needed=needed,
             jobs=sum(len(p.files) for p in plans),
             ranks=balance(source, plans, ranks),
@@ -231,7 +248,7 @@ def convert(
         plans = plan_targets(source, specs, options)
         made = _engine_targets(specs, plans)
         refuse_sources(source, made)
-        has = resources(options)
+        has = resources(options, source, plans)
         if started:
             started(sum(p.size for p in plans))
         outcomes = run_plans(

@@ -236,7 +236,9 @@ def recognise(stored: Mapping[str, tuple[DType, tuple[int, ...]]], shape: tuple[
         raise SourceError("is FP8, and has no scale." if not names else "has two scales.", hint="Is the download complete?")
     (name,) = names
     dtype, grid = stored[name]
-    if stored["weight"][1] != shape or len(shape) != 2:
+    if len(shape) != 2:
+        raise SourceError("is FP8 and no matrix; only matrices are read.")
+    if stored["weight"][1] != shape:
         raise SourceError(f"is {list(stored['weight'][1])}, the config needs {list(shape)}.")
     if dtype.name not in SCALES:
         raise SourceError(f"has scales of {dtype}; float32, bfloat16 and E8M0 are read.")

@@ -271,6 +271,8 @@ def _recognise_awq(stored: Stored, shape: tuple[int, int], quantization: Mapping
     if quantization.get("version", "gemm") not in ("gemm", "GEMM") or quantization.get("zero_point", True) is not True:
         raise SourceError("is AWQ of another version than gemm with zero points, which is not read.")
     group = _group(stored, names, "scales", 0, shape[1])
+    if shape[0] % PACK:
+        raise SourceError(f"has {shape[0]:,} rows, which {PACK} codes in a word do not fill.")
     _fits(stored, Int4("awq", group).parts(shape, FLOAT16), shape)
     return Found(Int4Decoder(f"awq g{group}", awq_rows(group)), names)
 
@@ -278,6 +280,8 @@ def _recognise_awq(stored: Stored, shape: tuple[int, int], quantization: Mapping
 def _recognise_packed(stored: Stored, shape: tuple[int, int]) -> Found:
     if "weight_g_idx" in stored:
         raise SourceError("has its columns in another order (weight_g_idx), which is not read.", hint="Take the unquantized release.")
+    if shape[1] % PACK:
+        raise SourceError(f"has {shape[1]:,} columns, which {PACK} codes in a word do not fill.")
     symmetric = "weight_zero_point" not in stored
     names = ("weight_packed", "weight_scale", *(() if symmetric else ("weight_zero_point",)), "weight_shape")
     group = _group(stored, names, "weight_scale", 1, shape[1])

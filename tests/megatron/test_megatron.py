@@ -72,9 +72,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         convert(made.release(name), {"torch_dist": made.written(name)}, options=SMALL_CHUNKS.get(name))
     swapped = "decoder.layers.0.self_attention.linear_qkv.weight"
     tensors["swapped"] = tensors[LIKE_AIR.name] | {swapped: tensors[LIKE_AIR.name][swapped].flip(0)}
+    quantized, plain = made.folder / "fp8", made.folder / "fp8-plain"
+    convert(made.release(LIKE_AIR.name), {"fp8:channel": quantized})
+    convert(quantized, {"hf": plain, "torch_dist": made.folder / "fp8-written"})
+    tensors["fp8"] = megatron_tensors({k: t for file in plain.glob("*.safetensors") for k, t in load_file(file).items()}, LIKE_AIR)
     cases = [case("save", shape, layout, made.saved(shape, layout)) for shape, layout in COMPARED]
     cases += [case("load", shape, layout, made.written(shape) / "release") for shape, layout in COMPARED]
     cases += [case("load", LIKE_AIR.name, "tp1", made.written(LIKE_AIR.name) / "release") | {"name": "swapped", "expect": "swapped"}]
+    cases += [case("load", LIKE_AIR.name, "tp2", made.folder / "fp8-written" / "release") | {"name": "fp8", "expect": "fp8"}]
     cases += [case("logits", shape.name, "tp1", made.written(shape.name) / "release") for shape in IN_FLOAT32]
     (made.folder / "work.json").write_text(json.dumps({"shapes": {name: asdict(shape) for name, shape in SHAPES.items()}, "cases": cases}))
     torch.save(tensors, made.folder / "work.pt")
@@ -118,6 +123,13 @@ def aliases(shape: Shape) -> set[str]:
 @pytest.mark.parametrize(("shape", "layout"), COMPARED)
 def test_megatron_core_loads_every_parameter_bit_by_bit(made: Made, shape: str, layout: str) -> None:
     assert made.problems(f"load {shape} {layout}") == []
+
+
+def test_megatron_core_loads_what_was_quantized_as_its_dequantized_weights(made: Made) -> None:
+    assert made.problems("fp8") == []
+    before, after = (load_file(made.release(LIKE_AIR.name) / "model.safetensors"), load_file(next((made.folder / "fp8-plain").glob("*.safetensors"))))
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert not torch.equal(before[name], after[name])
 
 
 def test_the_ranks_tell_rows_in_another_order_apart(made: Made) -> None:
