@@ -1,6 +1,8 @@
-"""FP8 kernels on one core beside the same formula in plain torch and a copy of the same bytes, in one run: GB/s of bfloat16.
+"""Times the float8 kernels on one core beside plain torch (the same formulas, the same bytes, one thread) and beside a copy of the memory.
 
-python bench/fp8.py [--rows 1536] [--columns 5120]
+    python bench/fp8.py [--rows 4096] [--columns 5120] [--repeat 5]
+
+GB/s counts the bfloat16 side: 2 bytes a weight, whichever way. Exit code 1 if encoding is not 8 times plain torch, or decoding less than half a copy.
 """
 
 from __future__ import annotations
@@ -9,44 +11,76 @@ import argparse
 
 import numpy as np
 import torch
-from pace import paces, show
-from watch import machine
+from kernel_rates import Rate, measured, report, weights
 
 from glmconv.kernels import fp8, reference
 
-BLOCK, ROW = (128, 128), (1, 1 << 62)
+FASTER, COPIES = 8.0, 2.0  # wanted: encode at least so many times plain torch, decode within so many copies
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=1536)
+    parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--columns", type=int, default=5120)
+    parser.add_argument("--repeat", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    weight = (torch.randn(options.rows, options.columns) * 0.02).bfloat16()
-    bits = weight.view(torch.int16).numpy().view(np.uint16)
-    print(f"{machine()}; {options.rows} x {options.columns} bfloat16, normal values")
-    for name, block, rule in (("128x128", BLOCK, "division"), ("128x128 ue8m0", BLOCK, "ue8m0"), ("a scale for each row", ROW, "division")):
-        grid = [-(-n // min(by, n)) for n, by in zip(bits.shape, block, strict=True)]
-        codes, scales, out = np.empty(bits.shape, np.uint8), np.empty(grid, np.float32), np.empty_like(bits)
-        fp8.encode_block(bits, codes, scales, block, rule)
-        coded, scaled = torch.from_numpy(codes), torch.from_numpy(scales)
-        encode = {
-            "ours": lambda block=block, rule=rule, codes=codes, scales=scales: fp8.encode_block(bits, codes, scales, block, rule),
-            "plain torch": lambda block=block, rule=rule: reference.encode_block(weight, block, rule),
-            "memory copy": lambda out=out: np.copyto(out, bits),
-        }
-        decode = {
-            "ours": lambda block=block, codes=codes, scales=scales, out=out: fp8.decode_block(codes, scales, out, block, 0),
-            "plain torch": lambda block=block, coded=coded, scaled=scaled: reference.decode_block(coded, scaled, block, torch.bfloat16),
-            "memory copy": lambda out=out: np.copyto(out, bits),
-        }
-        show(f"encode, {name}", paces(encode, bits.nbytes), "plain torch")
-        show(f"decode, {name}", paces(decode, bits.nbytes), "plain torch")
-    codes, exponents = np.empty(bits.shape, np.uint8), np.empty((options.rows, options.columns // 32), np.uint8)
-    mx = {"ours": lambda: fp8.encode_mx(bits, codes, exponents), "plain torch": lambda: reference.encode_mx(weight)}
-    show("encode, mxfp8", paces(mx, bits.nbytes), "plain torch")
+    weight = weights(options.rows, options.columns)
+    rates = [*blocks(weight, options.repeat), mx(weight, options.repeat), *tensor(weight, options.repeat)]
+    encodes = all(rate.kernel >= FASTER * rate.torch for rate in rates if rate.what.startswith("encode"))
+    decodes = all(rate.kernel >= rate.copy / COPIES for rate in rates if rate.what.startswith("decode"))
+    raise SystemExit(report(weight, rates, kept=encodes and decodes))
+
+
+def blocks(weight: torch.Tensor, repeat: int) -> list[Rate]:
+    """128 x 128 and per channel, encoded and decoded."""
+    bits, rates = weight.view(torch.uint16).numpy(), []
+    for name, block, rule in (
+        ("128x128", (128, 128), "division"),
+        ("128x128 ue8m0", (128, 128), "ue8m0"),
+        ("channel", (1, weight.shape[1]), "division"),
+    ):
+        rows, columns = weight.shape
+        codes, out = np.empty(bits.shape, np.uint8), np.empty_like(bits)
+        scales = np.empty((-(-rows // block[0]), -(-columns // block[1])), np.float32)
+
+        def encode(block=block, rule=rule, codes=codes, scales=scales) -> object:
+            return fp8.encode_block(bits, codes, scales, block, rule)
+
+        def decode(block=block, codes=codes, scales=scales, out=out) -> object:
+            return fp8.decode_block(codes, scales, out, block, 0)
+
+        plain = measured(weight, lambda block=block, rule=rule: reference.encode_block(weight, block, rule), 2)
+        rates.append(Rate.of(f"encode {name}", weight, encode, plain, repeat))
+        taken = torch.from_numpy(codes), torch.from_numpy(scales)
+        plain = measured(weight, lambda block=block, taken=taken: reference.decode_block(*taken, torch.bfloat16, block), 2)
+        rates.append(Rate.of(f"decode {name}", weight, decode, plain, repeat))
+    return rates
+
+
+def mx(weight: torch.Tensor, repeat: int) -> Rate:
+    bits = weight.view(torch.uint16).numpy()
+    codes, exponents = np.empty(bits.shape, np.uint8), np.empty((bits.shape[0], -(-bits.shape[1] // 32)), np.uint8)
+    plain = measured(weight, lambda: reference.encode_mx(weight), 2)
+    return Rate.of("encode mx 1x32", weight, lambda: fp8.encode_mx(bits, codes, exponents), plain, repeat)
+
+
+def tensor(weight: torch.Tensor, repeat: int) -> list[Rate]:
+    """Two passes: the whole tensor's largest, then the codes."""
+    bits = weight.view(torch.uint16).numpy()
+    codes = np.empty(bits.shape, np.uint8)
+    scale = fp8.scale_of(fp8.largest(bits, "division")[0], "division")
+    scales = torch.tensor(scale)
+    return [
+        Rate.of("largest", weight, lambda: fp8.largest(bits, "division"), measured(weight, lambda: reference.largest(weight, "division"), 2), repeat),
+        Rate.of(
+            "encode tensor",
+            weight,
+            lambda: fp8.encode_scaled(bits, codes, scale),
+            measured(weight, lambda: reference.encode(weight, scales), 2),
+            repeat,
+        ),
+    ]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -22,8 +23,10 @@ from glmconv.errors import SourceError, UsageError
 E4M3, E8M0, FLOAT32, UINT8 = BY_NAME["float8_e4m3fn"], BY_NAME["float8_e8m0fnu"], BY_NAME["float32"], BY_NAME["uint8"]
 WHOLE = 1 << 62  # a block that no tensor is larger than
 GROUP = 32
-DIVISION, RECIPROCAL, UE8M0 = "division", "reciprocal", "ue8m0"
-RULES = {"": DIVISION, "cuda-compat": RECIPROCAL, "ue8m0": UE8M0}
+Rule = Literal["division", "reciprocal", "ue8m0"]  # how a scale is rounded: kernels/fp8.py has the formulas
+DIVISION: Rule = "division"
+UE8M0: Rule = "ue8m0"
+RULES: dict[str, Rule] = {"": DIVISION, "cuda-compat": "reciprocal", "ue8m0": UE8M0}
 
 
 def ceil_div(size: int, by: int) -> int:
@@ -36,7 +39,7 @@ class Fp8:
 
     strategy: str = "block"
     block: tuple[int, int] = (128, 128)
-    rule: str = DIVISION
+    rule: Rule = DIVISION
 
     @property
     def name(self) -> str:

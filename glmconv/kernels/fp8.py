@@ -1,321 +1,291 @@
-"""FP8 on the CPU: bfloat16, float16 or float32 to E4M3 codes under float32 scales and back, each byte touched once.
+"""float8 e4m3fn with float32 scales, on the CPU: each weight is read once from memory, each code and scale written once.
 
-E4M3FN: 1 sign, 4 exponent bits (bias 7), 3 mantissa bits; largest 448, smallest 2**-9, 0x7f and 0xff are NaN, no infinities (OCP FP8).
-All rounding is to nearest even, and saturates. bfloat16 comes and goes as its bits in uint16. `reference.py` has the same in plain torch.
+Arithmetic and peers: docs/quantization.md; glmconv/kernels/reference.py is the same in plain torch, with the same bytes.
 
-    division     scale = max(amax, 1e-12) / 448          slime's torch formula, clamped in the weight's dtype
-    reciprocal   scale = max(amax, 1e-12) * fl(1/448)    the same as a GPU computes it (torch divides by a Python number so on CUDA)
-    ue8m0        scale = 2 ** ceil(log2(max(amax, 1e-4) / 448))    DeepGEMM's per_block_cast_to_fp8
+Weights are numpy arrays [rows, columns]: uint16 (the bits of bfloat16), float16 or float32. A block is (rows, columns) of any size: blocks on the
+right and bottom edge may be cut short, which changes nothing, since what they lack counts as 0. Channel: (1, columns). MX: (1, 32).
+
+NaN and Inf in a weight are reported, not refused: NaN becomes the code NaN with its sign, Inf becomes +-448, and scales come from the finite
+values alone, so that the other values of the block keep their codes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from glmconv.kernels.jit import jit
+from glmconv.kernels.floats import Array, bits, carried, f32, infinity, magnitude, narrow, real, u8, u32, widen
+from glmconv.kernels.jit import inner, kernel
 
-Array = NDArray[Any]
-LARGEST = np.float32(448)
-SMALLEST = {"division": 1e-12, "reciprocal": 1e-12, "ue8m0": 1e-4}
-BF16_1E_12 = np.float32(1.0018652574217413e-12)  # 1e-12 in bfloat16
-RULES = {"division": 0, "reciprocal": 1, "ue8m0": 2}
-INDEX, WORD, HALF = np.int64, np.int32, np.int16
-STRIP = 1024  # columns that go through the loops at once
+Rule = Literal["division", "reciprocal", "ue8m0"]
+RULES = ("division", "reciprocal", "ue8m0")
+MX = 3  # a rule that only encode_mx has
+LARGEST = 448.0
+STRIP = 1 << 17  # bytes of weight that are measured, then encoded while they are in the second-level cache
 
 
-@jit
-def _power_of_two_up(value, bits, floats):
-    """The next power of two at or above a positive float32, its exponent kept in 1..254."""
-    floats[0] = value
-    exponent = INDEX(bits[0] >> 23)
-    if bits[0] & 0x7FFFFF:
-        exponent += 1
-    exponent = min(max(exponent, 1), 254)
-    bits[0] = WORD(exponent << 23)
-    return floats[0]
+def encode_block(weight: Array, codes: Array, scales: Array, block: tuple[int, int], rule: Rule) -> int:
+    """Encode rows that begin where a block begins.
 
-
-@jit
-def _scale(amax, smallest, rule, bits, floats):
-    amax = max(amax, smallest)
-    if rule == 1:
-        return np.float32(amax * np.float32(1.0 / 448.0))
-    scale = np.float32(amax / np.float32(448))
-    return _power_of_two_up(scale, bits, floats) if rule == 2 else scale
-
-
-@jit
-def _fold(tops, j0, j1):
-    """The largest of `tops` from j0 to j1, found by folding them in halves (vector instructions, unlike a running maximum); they are used up."""
-    part = tops[j0:j1]
-    count = j1 - j0
-    while count > 1:
-        half = (count + 1) // 2
-        for j in range(count - half):
-            part[j] = part[j + half] if part[j + half] > part[j] else part[j]
-        count = half
-    return np.uint32(part[0])
-
-
-@jit
-def _column_tops(weight, i0, i1, mask, tops):
-    """The bits of each column's largest magnitude: magnitudes are ordered as their bits are."""
-    count = weight.shape[1]
-    for j in range(count):
-        tops[j] = 0
-    for i in range(i0, i1):
-        row = weight[i]
-        for j in range(count):
-            found = row[j] & mask
-            tops[j] = found if found > tops[j] else tops[j]
-
-
-@jit
-def _finite_top(weight, i0, i1, j0, j1, mask, infinite):
-    """(bits of the largest finite magnitude, flat index of the first value that is not finite) of a block that has one."""
-    top, bad = np.uint32(0), INDEX(-1)
-    for i in range(i0, i1):
-        for j in range(j0, j1):
-            magnitude = np.uint32(weight[i, j] & mask)
-            if magnitude < infinite:
-                top = max(top, magnitude)
-            elif bad < 0:
-                bad = INDEX(i) * weight.shape[1] + j
-    return top, bad
-
-
-@jit
-def _to_codes(weight, codes, i, shift, spread, bits, small):
-    """One row under each column's scale: short loops over memory that stays in the first cache, in 32-bit words, so that they become vectors."""
-    floats, small_floats = bits.view(np.float32), small.view(np.float32)
-    columns = weight.shape[1]
-    for j0 in range(0, columns, STRIP):
-        count = min(STRIP, columns - j0)
-        row, out, scales = weight[i, j0 : j0 + count], codes[i, j0 : j0 + count], spread[j0 : j0 + count]
-        for j in range(count):
-            bits[j] = WORD(WORD(row[j]) << shift)
-        for j in range(count):
-            quotient = floats[j] / scales[j]
-            quotient = np.float32(448) if quotient > np.float32(448) else quotient
-            quotient = np.float32(-448) if quotient < np.float32(-448) else quotient
-            floats[j] = quotient
-            small_floats[j] = abs(quotient) + np.float32(16384)  # its last bit is 2**-9: the addition rounds to E4M3's subnormals
-        for j in range(count):
-            word = bits[j]
-            magnitude = WORD(word & WORD(0x7FFFFFFF))
-            sign = WORD(WORD(word >> WORD(24)) & WORD(0x80))
-            odd = WORD(WORD(magnitude >> WORD(20)) & WORD(1))
-            normal = WORD(WORD(WORD(WORD(magnitude + WORD(0x7FFFF)) + odd) >> WORD(20)) - WORD(960))  # the exponent's bias, 127, becomes 7
-            code = normal if magnitude >= WORD(0x3C800000) else WORD(small[j] - WORD(0x46800000))
-            code = WORD(0x7F) if magnitude > WORD(0x7F800000) else code
-            out[j] = np.uint8(sign | code)
-
-
-@jit
-def _encode(weight, codes, scales, bn, bk, rule, smallest, shift, mask, infinite, bits, small, tops, spread):
-    floats = bits.view(np.float32)
-    rows, columns = weight.shape
-    first = INDEX(-1)
-    for bi in range(scales.shape[0]):
-        i0, i1 = bi * bn, min(rows, bi * bn + bn)
-        _column_tops(weight, i0, i1, mask, tops)
-        for bj in range(scales.shape[1]):
-            j0, j1 = bj * bk, min(columns, bj * bk + bk)
-            top = _fold(tops, j0, j1)
-            if top >= infinite:
-                top, bad = _finite_top(weight, i0, i1, j0, j1, mask, infinite)
-                first = bad if first < 0 or bad < first else first
-            bits[0] = WORD(WORD(top) << shift)
-            scale = _scale(floats[0], smallest, rule, bits, floats)
-            scales[bi, bj] = scale
-            spread[j0:j1] = scale
-        for i in range(i0, i1):
-            _to_codes(weight, codes, i, shift, spread, bits, small)
-    return first
-
-
-class Scratch:
-    """A row's worth of memory for the loops."""
-
-    def __init__(self, weight: Array) -> None:
-        columns = weight.shape[1]
-        self.bits, self.small = np.empty(STRIP, np.int32), np.empty(STRIP, np.int32)
-        self.tops, self.spread = np.empty(columns, weight.dtype), np.empty(columns, np.float32)
-
-
-def _bits(weight: Array) -> tuple[Array, np.int32, Any, Any, np.float32]:
-    """(values as bits, how far to shift them to be float32's, mask of the magnitude, bits of infinity, 1e-12 in this dtype)."""
-    if weight.dtype == np.uint16:
-        return weight, np.int32(16), np.uint16(0x7FFF), np.uint16(0x7F80), BF16_1E_12
-    plain = np.ascontiguousarray(weight, np.float32)  # every float16 is a float32; its own 1e-12 would be 0
-    return plain.view(np.uint32), np.int32(0), np.uint32(0x7FFFFFFF), np.uint32(0x7F800000), np.float32(1e-12)
-
-
-def _smallest(rule: str, of_dtype: np.float32) -> np.float32:
-    return np.float32(SMALLEST[rule]) if rule == "ue8m0" else of_dtype
-
-
-def encode_block(weight: Array, codes: Array, scales: Array, block: tuple[int, int], rule: str) -> int:
-    """Codes and scales of whole blocks.
-
-    weight [rows, K]: bfloat16 bits (uint16), float16 or float32, from a block's first row on; codes uint8 [rows, K]; scales float32
-    [ceil(rows/bn), ceil(K/bk)], ragged blocks as if padded with zeros. Returns the flat index of the first NaN or Inf, or -1. With such
-    values the scale is that of the finite ones, Inf becomes +-448 and NaN the code NaN.
+    codes:  uint8 [rows, columns], scales: float32 [ceil(rows / block[0]), ceil(columns / block[1])]; both are overwritten
+    rule:   "division"    scale = amax / 448 (slime on a CPU, byte for byte, with its clamp of amax at 1e-12 in the weight's dtype)
+            "reciprocal"  scale = amax * float32(1 / 448) (the same on CUDA)
+            "ue8m0"       scale = the power of two at or above max(amax, 1e-4) / 448 (DeepGEMM, SGLang, vLLM)
+    Returns row * columns + column of the first NaN or Inf, or -1.
     """
-    if not weight.size:
-        return -1
-    values, shift, mask, infinite, smallest = _bits(weight)
-    bn, bk = (max(1, min(by, n)) for by, n in zip(block, weight.shape, strict=True))
-    use, smallest = Scratch(values), _smallest(rule, smallest)
-    return int(
-        _encode(values, codes, scales, bn, bk, RULES[rule], smallest, shift, mask, infinite, use.bits, use.small, use.tops, use.spread)
-    )  # fmt: skip
+    return _encode(weight, codes, scales, block, RULES.index(rule), floor_of(weight, rule))
 
 
-def _top(values: Array, mask: Any, infinite: Any) -> tuple[int, int]:
-    """(bits of the largest finite magnitude, flat index of the first value that is not finite or -1) of all rows."""
-    tops = np.empty(values.shape[1], values.dtype)
-    _column_tops(values, 0, values.shape[0], mask, tops)
-    top = int(_fold(tops, 0, values.shape[1]))
-    if top < infinite:
-        return top, -1
-    top, bad = _finite_top(values, 0, values.shape[0], 0, values.shape[1], mask, infinite)
-    return int(top), int(bad)
+def largest(weight: Array, rule: Rule) -> tuple[float, int]:
+    """The largest finite magnitude, at least the rule's floor, and the index of the first NaN or Inf or -1: pieces of a tensor, then their max."""
+    amax, first = _largest(carried(weight), infinity(weight))
+    return max(float(amax), float(floor_of(weight, rule))), int(first)
 
 
-def largest(weight: Array, rule: str) -> tuple[float, int]:
-    """(the largest magnitude among the finite values, at least the rule's smallest; flat index of the first NaN or Inf, or -1)."""
-    values, shift, mask, infinite, smallest = _bits(weight)
-    top, bad = _top(values, mask, infinite)
-    amax = np.array([np.uint32(int(top) << int(shift))], np.uint32).view(np.float32)[0]
-    return float(max(amax, _smallest(rule, smallest))), int(bad)
-
-
-def scale_of(amax: float, rule: str) -> float:
-    """The scale of a block with this largest magnitude."""
-    bits = np.empty(1, np.int32)
-    return float(_scale(np.float32(amax), np.float32(0), RULES[rule], bits, bits.view(np.float32)))
-
-
-@jit
-def _encode_scaled(weight, codes, shift, bits, small, spread):
-    for i in range(weight.shape[0]):
-        _to_codes(weight, codes, i, shift, spread, bits, small)
+def scale_of(amax: float, rule: Rule) -> np.float32:
+    """The scale for values up to `amax`, which `largest` gave."""
+    scale: np.float32 = f32(_scale(f32(amax), RULES.index(rule)))
+    return scale
 
 
 def encode_scaled(weight: Array, codes: Array, scale: float) -> int:
-    """Codes under a given scale. Returns the flat index of the first NaN or Inf, or -1."""
-    values, shift, mask, infinite, _ = _bits(weight)
-    use = Scratch(values)
-    use.spread[:] = scale
-    _encode_scaled(values, codes, shift, use.bits, use.small, use.spread)
-    return _top(values, mask, infinite)[1]
-
-
-@jit
-def _encode_mx(weight, codes, exponents, group, shift, mask, infinite, bits, small, tops, spread):
-    floats = bits.view(np.float32)
-    first = INDEX(-1)
-    for i in range(weight.shape[0]):
-        _column_tops(weight, i, i + 1, mask, tops)
-        for g in range(exponents.shape[1]):
-            j0 = g * group
-            top = _fold(tops, j0, j0 + group)
-            if top >= infinite:
-                top, bad = _finite_top(weight, i, i + 1, j0, j0 + group, mask, infinite)
-                first = bad if first < 0 else first
-            whole = INDEX(top) << INDEX(shift)
-            # the exponent of amax, one more where its mantissa is 1.75 or above, less that of 448 (8); bias 127
-            exponent = (whole >> 23) + (1 if (whole & 0x7FFFFF) >= 0x600000 else 0) - 8
-            exponent = min(max(exponent, 0), 254)
-            exponents[i, g] = np.uint8(exponent)
-            bits[0] = WORD(exponent << 23) if exponent else WORD(0x400000)
-            spread[j0 : j0 + group] = floats[0]
-        _to_codes(weight, codes, i, shift, spread, bits, small)
-    return first
+    """Encode with a scale that is known (per tensor). Returns the index of the first NaN or Inf, or -1."""
+    return int(_encode_scaled(carried(weight), codes, np.float32(scale), infinity(weight)))
 
 
 def encode_mx(weight: Array, codes: Array, exponents: Array, group: int = 32) -> int:
-    """MXFP8: codes uint8 [rows, K] under exponents uint8 [rows, K/group] (bias 127), as compressed-tensors' mxfp8 chooses them.
+    """MXFP8 as compressed-tensors writes it: exponents uint8 [rows, ceil(columns / group)], a scale is 2^(exponent - 127).
 
-    Returns the flat index of the first NaN or Inf, or -1.
+    The exponent is that of amax, one more from 1.75 on, minus 8; at least 0, which is also what an all-zero group gets.
     """
-    values, shift, mask, infinite, _ = _bits(weight)
-    use = Scratch(values)
-    return int(_encode_mx(values, codes, exponents, group, shift, mask, infinite, use.bits, use.small, use.tops, use.spread))
-
-
-@jit
-def _decode(codes, scales, out, bn, bk, first_row, narrow, bits, halves, seen, spread):
-    """Whether a code was NaN. Code -> float32 of 2**-120 of its value (E4M3's bias is 120 less) -> times 2**120, exactly -> times scale."""
-    floats = bits.view(np.float32)
-    rows, columns = codes.shape
-    seen[:] = 0
-    last = INDEX(-1)
-    for i in range(rows):
-        si = (first_row + i) // bn
-        if si != last:
-            last = si
-            for bj in range(scales.shape[1]):
-                spread[bj * bk : min(columns, bj * bk + bk)] = scales[si, bj]
-        for j0 in range(0, columns, STRIP):
-            count = min(STRIP, columns - j0)
-            row, to, factors = codes[i, j0 : j0 + count], out[i, j0 : j0 + count], spread[j0 : j0 + count]
-            for j in range(count):
-                code = HALF(row[j])
-                magnitude = HALF(code & HALF(0x7F))
-                seen[j] = HALF(seen[j] | HALF(magnitude + HALF(1)))  # 0x80 from NaN alone
-                halves[j] = HALF(HALF(magnitude << HALF(4)) | HALF(HALF(code & HALF(0x80)) << HALF(8)))
-            for j in range(count):
-                bits[j] = WORD(WORD(halves[j]) << WORD(16))
-            for j in range(count):
-                floats[j] = floats[j] * np.float32(2.0**120) * factors[j]
-            if narrow:
-                for j in range(count):
-                    odd = WORD(WORD(bits[j] >> WORD(16)) & WORD(1))
-                    to[j] = np.uint16(WORD(WORD(bits[j] + WORD(0x7FFF)) + odd) >> WORD(16))
-            else:
-                for j in range(count):
-                    to[j] = np.uint32(bits[j])
-    bad = HALF(0)
-    for j in range(STRIP):
-        bad |= seen[j]
-    return bad >= 0x80
+    scales = np.empty(exponents.shape, np.float32)
+    first = _encode(weight, codes, scales, (1, group), MX, np.float32(0))
+    exponents[...] = scales.view(np.uint32) >> 23
+    return first
 
 
 def decode_block(codes: Array, scales: Array, out: Array, block: tuple[int, int], first_row: int) -> int:
-    """Code times scale in float32, rounded once to `out`'s dtype: bfloat16 bits (uint16), float16 or float32, [rows, K].
+    """code * scale in float32, rounded once to `out`'s dtype (uint16: bfloat16, float16, float32).
 
-    codes uint8 [rows, K] are rows `first_row` and on of a weight whose float32 `scales` begin with that of row 0.
-    Returns the flat index of the first code that is NaN, or -1.
+    codes:  uint8 [rows, columns], the rows from `first_row` on of a weight
+    scales: float32, the grid of the whole weight; they must be finite, or what they touch becomes NaN or Inf
+    Per channel: block (1, columns); per tensor: a block that no tensor exceeds.
+    Returns the index of the first NaN code (it decodes to NaN with its sign), or -1.
     """
-    if not codes.size:
-        return -1
-    bk = max(1, min(block[1], codes.shape[1]))
-    whole = out if out.dtype == np.uint16 else np.empty(out.shape, np.uint32) if out.dtype == np.float16 else out.view(np.uint32)
-    bits, halves, seen = np.empty(STRIP, np.int32), np.empty(STRIP, np.int16), np.empty(STRIP, np.int16)
-    spread, bn = np.empty(codes.shape[1], np.float32), INDEX(min(block[0], 1 << 62))
-    bad = _decode(codes, scales, whole, bn, bk, INDEX(first_row), out.dtype == np.uint16, bits, halves, seen, spread)
-    if out.dtype == np.float16:
-        with np.errstate(over="ignore"):  # beyond 65504 is Inf, as float16 has it
-            out[:] = whole.view(np.float32).astype(np.float16)
-    return int(np.flatnonzero((codes & 0x7F) == 0x7F)[0]) if bad else -1
+    out = carried(out)
+    return int(_decode_block(codes, scales, out, block[0], block[1], first_row, out.dtype.type(0)))
 
 
 def exponents_to_scales(exponents: Array) -> Array:
-    """E8M0 (bias 127, 255 is NaN) as float32."""
-    wide = exponents.astype(np.uint32)
-    bits = np.where(wide == 0, np.uint32(0x400000), wide << 23)
-    return np.where(wide == 255, np.uint32(0x7FC00000), bits).astype(np.uint32).view(np.float32)
+    """e8m0 bytes to float32: 2^(e - 127), which is subnormal for 0, and NaN for 255."""
+    scales = (exponents.astype(np.uint32) << 23).view(np.float32)
+    scales[exponents == 0] = np.float32(2.0**-127)
+    scales[exponents == 255] = np.nan
+    return scales
 
 
 def scales_to_exponents(scales: Array) -> Array:
-    """float32 powers of two as E8M0. ValueError if one is none."""
-    bits = np.ascontiguousarray(scales, np.float32).view(np.uint32)
-    exponents = np.where(bits == 0x400000, 0, bits >> 23)
-    if not np.array_equal(exponents_to_scales(exponents.astype(np.uint8)), scales):
-        raise ValueError("a scale is no power of two")
-    return exponents.astype(np.uint8)
+    """float32 powers of two to e8m0 bytes, NaN to 255. Raises ValueError if one is no such power: rounding is the encoder's business."""
+    exponents = ((scales.view(np.uint32) >> 23) & 0xFF).astype(np.uint8)
+    if not np.array_equal(exponents_to_scales(exponents), scales, equal_nan=True):
+        raise ValueError("scales that are not powers of two have no e8m0 form")
+    return exponents
+
+
+def floor_of(weight: Array, rule: Rule) -> np.float32:
+    """What amax is at least: rounded to the weight's dtype, except in float16, where it would round to 0 and slime would divide by it."""
+    floor: np.float32 = f32(1e-4 if rule == "ue8m0" else 141 * 2.0**-47 if weight.dtype == np.uint16 else 1e-12)
+    return floor
+
+
+def _encode(weight: Array, codes: Array, scales: Array, block: tuple[int, int], rule: int, floor: np.float32) -> int:
+    if not weight.size:
+        return -1
+    height, length = (min(size, limit) for size, limit in zip(block, weight.shape, strict=True))
+    width = length * max(1, STRIP // (height * length * weight.itemsize))
+    peaks = np.empty(min(width, weight.shape[1]), weight.dtype)
+    return int(_encode_block(carried(weight), codes, scales, height, length, rule, floor, carried(peaks), infinity(weight)))
+
+
+@kernel
+def _scale(amax: Any, rule: int) -> Any:
+    if rule == MX:
+        exponent = u32(u32(bits(amax) + u32(1 << 21)) >> u32(23))
+        return real(u32(max(exponent, u32(8)) - u32(8)) << u32(23)) if exponent > u32(8) else f32(2.0**-127)
+    if rule == 1:
+        return f32(amax * f32(1 / LARGEST))
+    scale = f32(amax / f32(LARGEST))
+    if rule == 2:
+        b = bits(scale)
+        exponent = u32(b >> u32(23)) + (u32(1) if u32(b & u32(0x7F_FFFF)) != u32(0) else u32(0))
+        return real(u32(min(max(u32(exponent), u32(1)), u32(254)) << u32(23)))
+    return scale
+
+
+@inner
+def _code(a: Any) -> Any:
+    """The bits of a positive float32 to e4m3, to nearest even, saturating.
+
+    A power of two 2^20 times the value's own (at least the smallest normal's, 2^-6) is added: the sum's last bit is e4m3's, so the addition rounds.
+    """
+    a = min(a, u32(0x43E0_0000))  # 448
+    own = u32(max(u32(a & u32(0x7F80_0000)), u32(0x3C80_0000)))
+    step = u32(own + u32(20 << 23))
+    fraction = u32(bits(real(a) + real(step)) - step)
+    return u32(u32(u32(own >> u32(20)) + fraction) - u32((120 + 1) << 3))
+
+
+@inner
+def _encode_row(weight: Any, divisors: Any, codes: Any) -> None:
+    """cast(clamp(w / s)), s column by column. ue8m0's w * (1 / s) is the same, since 1 / s is exact."""
+    for c in range(len(weight)):
+        w = bits(widen(weight[c]))
+        quotient = real(u32(w & u32(0x7FFF_FFFF))) / divisors[c]
+        codes[c] = u8(u32(_code(bits(quotient)) | u32(u32(w >> u32(24)) & u32(0x80))))
+
+
+@inner
+def _mend_row(weight: Any, codes: Any, infinite: Any) -> int:
+    """Give NaN its code; returns the column of the first NaN or Inf, or -1."""
+    first = -1
+    for c in range(len(weight) - 1, -1, -1):
+        if magnitude(weight[c]) >= infinite:
+            first = c
+        if magnitude(weight[c]) > infinite:
+            codes[c] = u8(u32(0x7F) | u32(u32(bits(widen(weight[c])) >> u32(24)) & u32(0x80)))
+    return first
+
+
+@inner
+def _peak(weight: Any) -> Any:
+    most = magnitude(weight[0])
+    for c in range(len(weight)):
+        most = max(most, magnitude(weight[c]))
+    return most
+
+
+@inner
+def _peaks(weight: Any, peaks: Any) -> None:
+    """The largest magnitude of each column so far, with one more row."""
+    for c in range(len(peaks)):
+        peaks[c] = max(peaks[c], magnitude(weight[c]))
+
+
+@inner
+def _finite_peaks(weight: Any, peaks: Any, infinite: Any) -> None:
+    for c in range(len(peaks)):
+        m = magnitude(weight[c])
+        if m < infinite:
+            peaks[c] = max(peaks[c], m)
+
+
+@inner
+def _earlier(first: int, other: int) -> int:
+    return other if first < 0 else min(first, other)
+
+
+@kernel
+def _encode_block(weight: Any, codes: Any, scales: Any, height: int, length: int, rule: int, floor: Any, peaks: Any, infinite: Any) -> int:
+    rows, columns = weight.shape
+    divisors = np.empty(len(peaks), np.float32)
+    first = -1
+    for top in range(0, rows, height):
+        for left in range(0, columns, len(peaks)):
+            bottom, right = min(top + height, rows), min(left + len(peaks), columns)
+            width = right - left
+            peaks[:] = 0
+            for r in range(top, bottom):
+                _peaks(weight[r, left:right], peaks[:width])
+            spoiled = _peak(peaks) >= infinite
+            if spoiled:
+                peaks[:] = 0
+                for r in range(top, bottom):
+                    _finite_peaks(weight[r, left:right], peaks[:width], infinite)
+            for begin in range(0, width, length):
+                end = min(begin + length, width)
+                scale = _scale(max(widen(_peak(peaks[begin:end])), floor), rule)
+                scales[top // height, (left + begin) // length] = scale
+                divisors[begin:end] = scale
+            for r in range(top, bottom):
+                _encode_row(weight[r, left:right], divisors[:width], codes[r, left:right])
+                if spoiled:
+                    found = _mend_row(weight[r, left:right], codes[r, left:right], infinite)
+                    if found >= 0:
+                        first = _earlier(first, r * columns + left + found)
+    return first
+
+
+@kernel
+def _encode_scaled(weight: Any, codes: Any, scale: Any, infinite: Any) -> int:
+    rows, columns = weight.shape
+    divisors = np.full(columns, scale, np.float32)
+    first = -1
+    for r in range(rows):
+        row = weight[r]
+        most = _peak(row)
+        _encode_row(row, divisors, codes[r])
+        if most >= infinite:
+            found = _mend_row(row, codes[r], infinite)
+            if found >= 0:
+                first = _earlier(first, r * columns + found)
+    return first
+
+
+@kernel
+def _largest(weight: Any, infinite: Any) -> tuple[Any, int]:
+    rows, columns = weight.shape
+    amax, first = f32(0), -1
+    for r in range(rows):
+        row = weight[r]
+        most = _peak(row)
+        if most < infinite:
+            amax = max(amax, widen(most))
+            continue
+        for c in range(columns):
+            if magnitude(row[c]) < infinite:
+                amax = max(amax, widen(magnitude(row[c])))
+            elif first < 0:
+                first = r * columns + c
+    return amax, first
+
+
+@inner
+def _decode_row(codes: Any, scales: Any, out: Any, like: Any) -> None:
+    for c in range(len(codes)):
+        code = u32(codes[c])
+        value = real(u32(u32(u32(code & u32(0x7F)) << u32(20)) | u32(u32(code & u32(0x80)) << u32(24)))) * f32(2.0**120)  # exact, subnormals too
+        out[c] = narrow(value * scales[c], like)
+
+
+@inner
+def _mend_decoded_row(codes: Any, out: Any, like: Any) -> int:
+    """Give the code NaN its NaN; returns the column of the first, or -1."""
+    first = -1
+    for c in range(len(codes) - 1, -1, -1):
+        if (codes[c] & 0x7F) == 0x7F:
+            first = c
+            out[c] = narrow(real(u32(u32(0x7FC0_0000) | u32(u32(codes[c] & 0x80) << u32(24)))), like)
+    return first
+
+
+@kernel
+def _decode_block(codes: Any, scales: Any, out: Any, height: int, length: int, first_row: int, like: Any) -> int:
+    rows, columns = codes.shape
+    factors = np.empty(columns, np.float32)
+    first, expanded = -1, -1
+    for r in range(rows):
+        line = (first_row + r) // height
+        if line != expanded:
+            expanded = line
+            for begin in range(0, columns, length):
+                factors[begin : min(begin + length, columns)] = scales[line, begin // length]
+        row = codes[r]
+        _decode_row(row, factors, out[r], like)
+        most = u8(0)
+        for c in range(columns):
+            most = max(most, u8(row[c] & u8(0x7F)))
+        if most == 0x7F:
+            found = _mend_decoded_row(row, out[r], like)
+            first = r * columns + found if first < 0 else first
+    return first

@@ -1,14 +1,12 @@
-"""Four-bit integers in groups on the CPU, rounded to nearest, with the arithmetic of the peers whose files these are.
+"""4-bit integers in groups along a row, on the CPU: compressed-tensors' pack-quantized and AutoAWQ's gemm layout, both ways.
 
-    pack-quantized, symmetric     scale = amax / 7.5                     code = rnd(w / scale)             -8..7
-    pack-quantized, asymmetric    scale = (max - min) / 15               code = rnd(w / scale + zero)      min <= 0 <= max
-                                  zero  = rnd(clamp(-8 - min / scale))
-    awq                           scale = max(max - min, 1e-5) / 15      code = rnd(w / scale) + zero      0..15
-                                  zero  = clamp(-rnd(min / scale))
+Arithmetic and peers: docs/quantization.md; glmconv/kernels/reference.py is the same in plain torch, with the same bytes.
 
-compressed-tensors computes each operation in the weight's dtype, AutoAWQ in float16: so do these, by rounding each float32 result to it, and
-AutoAWQ quantizes twice, the second time what the first gave. Rounding is to nearest even. Sources: compressed-tensors 0.20 (calculate_qparams,
-quantize, pack_to_int32), AutoAWQ 0.2.9 (pseudo_quantize_tensor, WQLinear_GEMM.from_linear).
+Weights are numpy arrays [rows, columns]: uint16 (the bits of bfloat16), float16 or float32; a group divides the columns. Both peers compute in the
+weight's dtype, AutoAWQ in float16, each operation rounded: so do these kernels, in float32 with a rounding after each.
+
+NaN and Inf in a weight are reported, not refused: NaN is encoded as 0 would be, Inf as the largest of its sign, and both are left out of the
+group's minimum and maximum. `limits` (low, high), float32 [rows, columns / group], replace those: what is beyond is cut off.
 """
 
 from __future__ import annotations
@@ -16,364 +14,304 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from glmconv.kernels.jit import jit
+from glmconv.kernels.floats import Array, bits, carried, carrier, f32, i32, infinity, magnitude, narrow, ordered, rounded, u8, u32, widen
+from glmconv.kernels.jit import inner, kernel
 
-Array = NDArray[Any]
-Limits = tuple[Array, Array]  # lowest and highest value of each group, float32 [rows, groups]: searched ones take the place of min and max
-FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
-EPSILON = {FLOAT32: np.float32(2**-23), BFLOAT16: np.float32(2**-7), FLOAT16: np.float32(2**-10)}
-PACK = 8
-WORD = np.int32
-TILE = 128  # rows whose words fill a cache line of AutoAWQ's layout
+Limits = tuple[Array, Array]
+AWQ_INFINITE = {"uint16": 0x4780, "float16": 0x7C00, "float32": 0x477F_F000}  # the first magnitudes that float16 rounds to Inf
+CHUNK = 1024  # columns of ROWS rows, with their words: both stay in a second-level cache
+EPSILON = {"uint16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}  # the scale of an all-zero group: torch.finfo(dtype).eps
+ROWS = 128  # rows of a weight whose AWQ words, side by side, fill a cache line of the output
 NO_LIMITS = np.empty((0, 0), np.float32)
-
-
-@jit
-def _round(bits, count, precision, small):
-    """float32 values to the nearest of a narrower dtype, in place: in 32-bit words and without branches, so that it becomes vector instructions."""
-    if precision == BFLOAT16:
-        for j in range(count):
-            odd = WORD(WORD(bits[j] >> WORD(16)) & WORD(1))
-            bits[j] = WORD(WORD(WORD(bits[j] + WORD(0x7FFF)) + odd) & WORD(-0x10000))
-    elif precision == FLOAT16:
-        floats, words = bits.view(np.float32), small.view(np.int32)
-        for j in range(count):  # below 2**-14 float16's last bit is 2**-24, as float32's is at 0.75
-            small[j] = (abs(floats[j]) + np.float32(0.75)) - np.float32(0.75)
-        for j in range(count):
-            word = bits[j]
-            magnitude = WORD(word & WORD(0x7FFFFFFF))
-            odd = WORD(WORD(magnitude >> WORD(13)) & WORD(1))
-            normal = WORD(WORD(WORD(magnitude + WORD(0xFFF)) + odd) & WORD(-0x2000))
-            normal = WORD(0x7F800000) if normal > WORD(0x477FE000) else normal  # beyond 65504
-            normal = magnitude if magnitude > WORD(0x7F800000) else normal
-            normal = words[j] if magnitude < WORD(0x38800000) else normal
-            bits[j] = WORD(normal | WORD(word & WORD(-0x80000000)))
-
-
-@jit
-def _rounded(value, one, precision, small):
-    floats = one.view(np.float32)
-    floats[0] = value
-    _round(one, 1, precision, small)
-    return floats[0]
-
-
-@jit
-def _load(weight, i, shift, bits, precision, small):
-    """A row's values as float32 of the given precision; the column of the first that is NaN or Inf (they count as 0), or -1."""
-    row = weight[i]
-    count = len(row)
-    for j in range(count):
-        bits[j] = WORD(WORD(row[j]) << shift)
-    if precision == FLOAT16:
-        _round(bits, count, precision, small)
-    worst = WORD(0)
-    for j in range(count):
-        magnitude = WORD(bits[j] & WORD(0x7FFFFFFF))
-        worst = magnitude if magnitude > worst else worst
-    bad = np.int64(-1)
-    if worst >= WORD(0x7F800000):
-        for j in range(count):
-            if WORD(bits[j] & WORD(0x7FFFFFFF)) >= WORD(0x7F800000):
-                bad = np.int64(j) if bad < 0 else bad
-                bits[j] = 0
-    return bad
-
-
-@jit
-def _ranges(bits, group, order, low, high):
-    """The least and the largest value of each group. As whole numbers that are ordered as the floats are, they make vector instructions."""
-    floats = order.view(np.float32)
-    for j in range(len(bits)):
-        order[j] = WORD(bits[j] ^ WORD(WORD(bits[j] >> WORD(31)) & WORD(0x7FFFFFFF)))
-    for g in range(len(bits) // group):
-        values = order[g * group : g * group + group]
-        least = most = values[0]
-        for j in range(group):
-            least, most = min(least, values[j]), max(most, values[j])
-        order[0] = WORD(least ^ WORD(WORD(least >> WORD(31)) & WORD(0x7FFFFFFF)))  # the same step leads back; group 0 has been seen
-        low[g] = floats[0]
-        order[0] = WORD(most ^ WORD(WORD(most >> WORD(31)) & WORD(0x7FFFFFFF)))
-        high[g] = floats[0]
-
-
-@jit
-def _encode_packed(weight, packed, scales, zeros, asymmetric, group, lows, highs, shift, precision, epsilon, rows):
-    bits, one, low, high, spread, offset, small, _ = rows
-    floats = bits.view(np.float32)
-    first = np.int64(-1)
-    columns = weight.shape[1]
-    for i in range(weight.shape[0]):
-        bad = _load(weight, i, shift, bits, precision, small)
-        first = np.int64(i) * columns + bad if bad >= 0 and first < 0 else first
-        _ranges(bits, group, small.view(np.int32), low, high)
-        for g in range(scales.shape[1]):
-            least, most = (lows[i, g], highs[i, g]) if lows.shape[0] else (low[g], high[g])
-            least, most = min(least, np.float32(0)), max(most, np.float32(0))
-            zero = np.float32(0)
-            if asymmetric:
-                span = _rounded(most - least, one, precision, small)
-                scale = _rounded(span / np.float32(15), one, precision, small)
-                if scale != 0:
-                    ratio = _rounded(least / scale, one, precision, small)
-                    zero = _rounded(np.float32(-8) - ratio, one, precision, small)
-                    zero = np.float32(round(min(max(zero, np.float32(-8)), np.float32(7))))
-                zeros[i, g] = np.int8(zero)
-            else:
-                scale = _rounded(max(-least, most) / np.float32(7.5), one, precision, small)
-            scale = epsilon if scale == 0 else scale
-            scales[i, g] = scale
-            spread[g * group : g * group + group] = scale
-            offset[g * group : g * group + group] = zero
-        for j in range(columns):
-            floats[j] = floats[j] / spread[j]
-        _round(bits, columns, precision, small)
-        if asymmetric:
-            for j in range(columns):
-                floats[j] = floats[j] + offset[j]
-            _round(bits, columns, precision, small)
-        for j in range(columns):
-            code = floats[j]
-            code = np.float32(7) if code > np.float32(7) else code
-            code = np.float32(-8) if code < np.float32(-8) else code
-            floats[j] = code + np.float32(12582920)  # 1.5 * 2**23 rounds to whole numbers, whose low bits are then the float's own; 8 more
-        to = packed[i]
-        for word in range(columns // PACK):
-            value = WORD(0)
-            for k in range(PACK):
-                value |= WORD(WORD(bits[word * PACK + k] & WORD(15)) << WORD(4 * k))
-            to[word] = value
-    return first
-
-
-def _rows(columns: int) -> tuple[Array, ...]:
-    """A row's worth of memory for each step."""
-    return (np.empty(columns, np.int32), np.empty(1, np.int32), *(np.empty(columns, np.float32) for _ in range(6)))
-
-
-def _as_bits(weight: Array) -> tuple[Array, np.int32, int]:
-    """(values as bits, how far to shift them to be float32's, the precision of the arithmetic)."""
-    if weight.dtype == np.uint16:
-        return weight, WORD(16), BFLOAT16
-    precision = FLOAT16 if weight.dtype == np.float16 else FLOAT32
-    return np.ascontiguousarray(weight, np.float32).view(np.uint32), WORD(0), precision
-
-
-def narrowed(values: Array, like: Array) -> None:
-    """float32 values that are exact in `like`'s dtype (bfloat16 as uint16 bits) into it."""
-    like[...] = values.view(np.uint32) >> 16 if like.dtype == np.uint16 else values
-
-
-def widened(values: Array) -> Array:
-    """bfloat16 bits, float16 or float32 as float32."""
-    if values.dtype == np.uint16:
-        bits: Array = values.astype(np.uint32) << 16
-        return bits.view(np.float32)
-    return values.astype(np.float32)
+HALF = np.int16(0)  # what float16 travels as
 
 
 def encode_packed(weight: Array, packed: Array, scales: Array, zeros: Array | None, group: int, limits: Limits | None = None) -> int:
-    """compressed-tensors' pack-quantized.
+    """compressed-tensors' pack-quantized; asymmetric if `zeros` is given.
 
-    weight [rows, K]: bfloat16 bits (uint16), float16 or float32; packed int32 [rows, K/8]; scales [rows, K/group] in the weight's dtype; zeros
-    int8 [rows, K/group], None for symmetric. Returns the flat index of the first NaN or Inf (which count as 0), or -1.
+    packed: int32 [rows, columns / 8], nibble k % 8 holds value + 8
+    scales: the weight's dtype [rows, columns / group]; zeros: int8, of the same shape
+    Returns row * columns + column of the first NaN or Inf, or -1.
     """
-    values, shift, precision = _as_bits(weight)
-    wide = np.empty(scales.shape, np.float32)
-    lows, highs = limits or (NO_LIMITS, NO_LIMITS)
-    kept = np.empty((0, 0), np.int8) if zeros is None else zeros
-    rows = _rows(weight.shape[1])
-    bad = _encode_packed(values, packed, wide, kept, zeros is not None, group, lows, highs, shift, precision, EPSILON[precision], rows)
-    narrowed(wide, scales)
-    return int(bad)
-
-
-def pack_zeros(zeros: Array) -> Array:
-    """int8 [rows, groups] to int32 [rows/8, groups]: eight rows in a word, in their order, each plus 8."""
-    codes = (zeros.astype(np.int32) + 8).astype(np.uint32).reshape(-1, PACK, zeros.shape[1])
-    words = np.zeros((codes.shape[0], codes.shape[2]), np.uint32)
-    for k in range(PACK):
-        words |= codes[:, k] << np.uint32(4 * k)
-    return words.view(np.int32)
-
-
-def unpack_zeros(words: Array) -> Array:
-    """The way back: int32 [rows/8, groups] to int8 [rows, groups]."""
-    plain = np.ascontiguousarray(words).view(np.uint32)
-    codes = np.stack([(plain >> np.uint32(4 * k)) & np.uint32(15) for k in range(PACK)], axis=1)
-    zeros: Array = codes.astype(np.int8) - np.int8(8)
-    return zeros.reshape(-1, words.shape[1])
-
-
-@jit
-def _narrow(bits, count, out, narrow):
-    """float32 bits into bfloat16's, rounded, or as they are."""
-    if narrow:
-        for j in range(count):
-            odd = WORD(WORD(bits[j] >> WORD(16)) & WORD(1))
-            out[j] = np.uint16(WORD(WORD(bits[j] + WORD(0x7FFF)) + odd) >> WORD(16))
-    else:
-        for j in range(count):
-            out[j] = np.uint32(bits[j])
-
-
-@jit
-def _decode_packed(packed, scales, zeros, asymmetric, out, group, narrow, bits, codes):
-    floats = bits.view(np.float32)
-    columns = out.shape[1]
-    for i in range(packed.shape[0]):
-        words = packed[i]
-        for word in range(columns // PACK):
-            value = words[word]
-            eight = codes[word * PACK : word * PACK + PACK]
-            for k in range(PACK):
-                eight[k] = WORD(WORD(value >> WORD(4 * k)) & WORD(15))
-        for g in range(scales.shape[1]):
-            scale = scales[i, g]
-            zero = WORD(8 + (zeros[i, g] if asymmetric else 0))
-            these, values = codes[g * group : g * group + group], floats[g * group : g * group + group]
-            for j in range(group):
-                values[j] = np.float32(WORD(these[j] - zero)) * scale
-        _narrow(bits, columns, out[i], narrow)
-
-
-def _into(out: Array) -> Array:
-    """Where float32 bits or bfloat16 bits for `out` go."""
-    if out.dtype == np.float16:
-        return np.empty(out.shape, np.uint32)
-    return out if out.dtype == np.uint16 else out.view(np.uint32)
-
-
-def _deliver(made: Array, out: Array) -> None:
-    if out.dtype == np.float16:
-        with np.errstate(over="ignore"):  # beyond 65504 is Inf, as float16 has it
-            out[...] = made.view(np.float32).astype(np.float16)
+    low, high = limits or (NO_LIMITS, NO_LIMITS)
+    points = np.empty((0, 0), np.int8) if zeros is None else zeros
+    words = packed.view(np.uint32)
+    epsilon = np.float32(EPSILON[weight.dtype.name])
+    return int(_encode_packed(carried(weight), words, carried(scales), points, group, low, high, epsilon, infinity(weight)))
 
 
 def decode_packed(packed: Array, scales: Array, zeros: Array | None, out: Array, group: int) -> None:
-    """(code - zero) * scale in float32, rounded once to `out` [rows, K]. With bfloat16 scales the product is exact, so these are the peer's bits."""
-    kept = np.empty((0, 0), np.int8) if zeros is None else zeros
-    made = _into(out)
-    columns = out.shape[1]
-    bits, codes = np.empty(columns, np.int32), np.empty(columns, np.int32)
-    _decode_packed(np.ascontiguousarray(packed), widened(scales), kept, zeros is not None, made, group, out.dtype == np.uint16, bits, codes)
-    _deliver(made, out)
+    """(value - zero) * scale, rounded once to `out`'s dtype.
+
+    compressed-tensors multiplies in the scale's dtype: the same wherever `out` has that dtype, since the product of 5 bits and a bfloat16 or float16
+    is exact in float32, so that either rounds the true product once.
+    """
+    points = np.empty((0, 0), np.int8) if zeros is None else zeros
+    target = carried(out)
+    _decode_packed(packed.view(np.uint32), carried(scales), points, target, group, target.dtype.type(0))
 
 
-@jit
-def _encode_awq(weight, codes, zeros, scales, group, lows, highs, shift, rows):
-    """Codes uint8 [rows, K], zeros uint8 and scales float32 [rows, groups] of some rows."""
-    bits, one, low, high, spread, offset, small, product = rows
-    floats = bits.view(np.float32)
-    first = np.int64(-1)
-    columns = weight.shape[1]
-    for i in range(weight.shape[0]):
-        bad = _load(weight, i, shift, bits, FLOAT16, small)
-        first = np.int64(i) * columns + bad if bad >= 0 and first < 0 else first
-        _ranges(bits, group, small.view(np.int32), low, high)
-        for g in range(scales.shape[1]):
-            least, most = (lows[i, g], highs[i, g]) if lows.shape[0] else (low[g], high[g])
-            span = max(_rounded(most - least, one, FLOAT16, small), np.float32(1.0013580322265625e-05))  # 1e-5 in float16
-            scale = _rounded(span / np.float32(15), one, FLOAT16, small)
-            zero = -np.float32(round(_rounded(least / scale, one, FLOAT16, small)))
-            zero = min(max(zero, np.float32(0)), np.float32(15))
-            scales[i, g] = scale
-            zeros[i, g] = np.uint8(zero)
-            spread[g * group : g * group + group] = scale
-            offset[g * group : g * group + group] = zero
-            product[g * group : g * group + group] = _rounded(zero * scale, one, FLOAT16, small)
-        for j in range(columns):
-            floats[j] = floats[j] / spread[j]
-        _round(bits, columns, FLOAT16, small)
-        for j in range(columns):
-            code = floats[j]
-            code = np.float32(64) if code > np.float32(64) else code  # the clamps below would do the same to anything larger
-            code = np.float32(-64) if code < np.float32(-64) else code
-            code = (code + np.float32(12582912)) - np.float32(12582912) + offset[j]
-            code = np.float32(15) if code > np.float32(15) else code
-            code = np.float32(0) if code < np.float32(0) else code
-            floats[j] = (code - offset[j]) * spread[j]
-        _round(bits, columns, FLOAT16, small)
-        for j in range(columns):
-            floats[j] = floats[j] + product[j]
-        _round(bits, columns, FLOAT16, small)
-        for j in range(columns):
-            floats[j] = floats[j] / spread[j]
-        _round(bits, columns, FLOAT16, small)
-        to = codes[i]
-        for j in range(columns):
-            floats[j] = floats[j] + np.float32(12582912)
-            to[j] = np.uint8(bits[j] & WORD(15))
-    return first
+def pack_zeros(zeros: Array) -> Array:
+    """int8 [rows, groups] to int32 [ceil(rows / 8), groups]: zero + 8 in nibble row % 8, missing rows as 0."""
+    padded = np.zeros((-(-zeros.shape[0] // 8) * 8, zeros.shape[1]), np.uint32)
+    padded[: zeros.shape[0]] = (zeros.astype(np.int32) + 8).astype(np.uint32)
+    shifts = np.arange(0, 32, 4, dtype=np.uint32)[:, None]
+    words: Array = np.bitwise_or.reduce(padded.reshape(-1, 8, zeros.shape[1]) << shifts, axis=1)
+    return words.view(np.int32)
 
 
-@jit
-def _pack_awq(codes, out, tile):
-    """uint8 [rows, columns] to words [columns, rows/8] in AutoAWQ's order: words made along the columns, then turned a tile at a time."""
-    columns, words = codes.shape[1], out.shape[1]
-    for j0 in range(0, columns, TILE):
-        count = min(TILE, columns - j0)
-        for c in range(words):
-            made = tile[c]
-            for j in range(count):
-                made[j] = WORD(0)
-            for i in range(PACK):
-                row, shift = codes[c * PACK + i, j0 : j0 + count], WORD(4 * (i // 2) + 16 * (i % 2))
-                for j in range(count):
-                    made[j] = WORD(made[j] | WORD(WORD(row[j]) << shift))
-        for j in range(count):
-            for c in range(words):
-                out[j0 + j, c] = tile[c, j]
+def unpack_zeros(packed: Array, rows: int | None = None) -> Array:
+    """The inverse of `pack_zeros`: int8 [rows, groups], all that the words hold unless `rows` says fewer."""
+    shifts = np.arange(0, 32, 4, dtype=np.uint32)[:, None]
+    nibbles = (packed.view(np.uint32)[:, None, :] >> shifts) & np.uint32(15)
+    zeros: Array = nibbles.reshape(-1, packed.shape[1])[:rows].astype(np.int8) - np.int8(8)
+    return zeros
 
 
 def encode_awq(weight: Array, qweight: Array, qzeros: Array, scales: Array, group: int, limits: Limits | None = None) -> int:
-    """AutoAWQ's gemm layout.
+    """AutoAWQ's gemm layout, input by output; rows are a multiple of 8.
 
-    weight [rows, K], rows a multiple of 8: bfloat16 bits (uint16), float16 or float32; qweight int32 [K, rows/8], qzeros int32 [K/group, rows/8],
-    scales float16 [K/group, rows]: views of these rows' columns. Returns the flat index of the first value that is NaN, Inf or beyond
-    float16's 65504 (it counts as 0), or -1.
+    qweight: int32 [columns, rows / 8], qzeros: int32 [columns / group, rows / 8], scales: float16 [columns / group, rows]; each may be a slice of the
+    columns of a larger array. Nibble i of a word holds row 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i], unsigned.
+    The weight is rounded to float16 first, beyond which it counts as Inf. Returns the index of the first NaN or Inf, or -1.
     """
-    values, shift, _ = _as_bits(weight)
-    rows, groups = weight.shape[0], weight.shape[1] // group
-    lows, highs = limits or (NO_LIMITS, NO_LIMITS)
-    memory, tile = _rows(weight.shape[1]), np.empty((TILE // PACK, TILE), np.int32)
-    first = -1
-    for at in range(0, rows, TILE):
-        part = values[at : at + TILE]
-        codes, zeros = np.empty(part.shape, np.uint8), np.empty((len(part), groups), np.uint8)
-        wide = np.empty((len(part), groups), np.float32)
-        bad = _encode_awq(part, codes, zeros, wide, group, lows[at : at + TILE], highs[at : at + TILE], shift, memory)
-        first = at * weight.shape[1] + int(bad) if bad >= 0 > first else first
-        words = slice(at // PACK, (at + len(part)) // PACK)
-        _pack_awq(codes, qweight[:, words], tile)
-        _pack_awq(zeros, qzeros[:, words], tile)
-        scales[:, at : at + len(part)] = wide.T
-    return first
-
-
-@jit
-def _decode_awq(qweight, qzeros, scales, out, group, narrow, words, bits):
-    floats = bits.view(np.float32)
-    columns = qweight.shape[0]
-    for c in range(qweight.shape[1]):
-        for j in range(columns):
-            words[j] = qweight[j, c]
-        for i in range(PACK):
-            shift = WORD(4 * (i // 2) + 16 * (i % 2))
-            for g in range(columns // group):
-                zero = WORD(WORD(qzeros[g, c] >> shift) & WORD(15))
-                scale = scales[g, c * PACK + i]
-                these, values = words[g * group : g * group + group], floats[g * group : g * group + group]
-                for j in range(group):
-                    values[j] = np.float32(WORD(WORD(WORD(these[j] >> shift) & WORD(15)) - zero)) * scale
-            _narrow(bits, columns, out[c * PACK + i], narrow)
+    low, high = limits or (NO_LIMITS, NO_LIMITS)
+    infinite = infinity(weight), type(infinity(weight))(AWQ_INFINITE[weight.dtype.name])
+    return int(_encode_awq(carried(weight), qweight.view(np.uint32), qzeros.view(np.uint32), carried(scales), group, low, high, HALF, *infinite))
 
 
 def decode_awq(qweight: Array, qzeros: Array, scales: Array, out: Array, group: int) -> None:
-    """(code - zero) * scale, exact in float32 as the scale is float16, rounded once to `out` [rows, K]; the parts are views of these rows."""
-    made = _into(out)
-    words, bits = np.empty(out.shape[1], np.int32), np.empty(out.shape[1], np.int32)
-    _decode_awq(qweight, qzeros, np.ascontiguousarray(scales).astype(np.float32), made, group, out.dtype == np.uint16, words, bits)
-    _deliver(made, out)
+    """(value - zero) * scale, rounded once to the dtype of `out` [rows, columns]; AutoAWQ's own numbers if that is float16."""
+    target = carried(out)
+    _decode_awq(qweight.view(np.uint32), qzeros.view(np.uint32), carried(scales), target, group, target.dtype.type(0))
+
+
+@inner
+def _extremes(weight: Any, infinite: Any) -> Any:
+    """(smallest, largest, whether one is NaN or Inf), the values as bits; of the finite ones if there are others."""
+    low = high = ordered(weight[0])
+    for c in range(len(weight)):
+        key = ordered(weight[c])
+        low, high = min(low, key), max(high, key)
+    spoiled = high >= infinite or low < -i32(infinite)
+    if spoiled:
+        low = high = ordered(carrier(0, weight[0]))
+        seen = False
+        for c in range(len(weight)):
+            key = ordered(weight[c])
+            if magnitude(weight[c]) < infinite:
+                low, high = (min(low, key), max(high, key)) if seen else (key, key)
+                seen = True
+    return carrier(ordered(low), weight[0]), carrier(ordered(high), weight[0]), spoiled
+
+
+@inner
+def _cleaned(weight: Any, clean: Any, infinity_bits: Any) -> None:
+    """A copy in which NaN is 0."""
+    for c in range(len(weight)):
+        clean[c] = carrier(0, weight[c]) if magnitude(weight[c]) > infinity_bits else weight[c]
+
+
+@inner
+def _first(weight: Any, infinite: Any) -> int:
+    for c in range(len(weight)):
+        if magnitude(weight[c]) >= infinite:
+            return c
+    return -1
+
+
+@inner
+def _whole(x: Any) -> Any:
+    """|x| < 2^22 to the nearest integer, ties to even: the addition's own rounding."""
+    return i32(u32(bits(x + f32(12582912)) - bits(f32(12582912))))
+
+
+@inner
+def _clamped(x: Any, low: Any, high: Any) -> Any:
+    x = x if x < high else high
+    return x if x > low else low
+
+
+@inner
+def _quantize_packed(weight: Any, scale: Any, zero: Any, values: Any) -> None:
+    """round(clamp(w / s + z, -8, 7)) + 8, the quotient and the sum rounded to the weight's dtype."""
+    for c in range(len(weight)):
+        quotient = rounded(widen(weight[c]) / scale, weight[c])
+        shifted = _clamped(rounded(quotient + zero, weight[c]), f32(-8), f32(7))
+        values[c] = u8(u32(_whole(shifted) + i32(8)))
+
+
+@inner
+def _pack(values: Any, words: Any) -> None:
+    """Eight bytes, each below 16, to the nibbles of a word, the first lowest."""
+    eights = values.view(np.uint64)
+    for c in range(len(words)):
+        x = eights[c]
+        x = (x | (x >> np.uint64(4))) & np.uint64(0x00FF00FF00FF00FF)
+        x = (x | (x >> np.uint64(8))) & np.uint64(0x0000FFFF0000FFFF)
+        words[c] = u32(x | (x >> np.uint64(16)))
+
+
+@inner
+def _unpack(words: Any, values: Any) -> None:
+    eights = values.view(np.uint64)
+    for c in range(len(words)):
+        x = np.uint64(words[c])
+        x = (x | (x << np.uint64(16))) & np.uint64(0x0000FFFF0000FFFF)
+        x = (x | (x << np.uint64(8))) & np.uint64(0x00FF00FF00FF00FF)
+        eights[c] = (x | (x << np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+
+
+@inner
+def _symmetric(low: Any, high: Any, epsilon: Any, like: Any) -> Any:
+    scale = widen(narrow(max(-low, high) / f32(7.5), like))
+    return scale if scale > f32(0) else epsilon
+
+
+@inner
+def _asymmetric(low: Any, high: Any, epsilon: Any, infinite: Any) -> Any:
+    """(scale, zero point); a range beyond the dtype's largest counts as that."""
+    extent = min(widen(narrow(high - low, infinite)), widen(carrier(infinite - 1, infinite)))
+    scale = widen(narrow(extent / f32(15), infinite))
+    if scale > f32(0):
+        zero = _whole(_clamped(rounded(f32(-8) - rounded(low / scale, infinite), infinite), f32(-8), f32(7)))
+        return scale, f32(zero)
+    return epsilon, f32(7) if low < f32(0) else f32(0)  # compressed-tensors divides by the scale before it replaces it
+
+
+@kernel
+def _encode_packed(weight: Any, packed: Any, scales: Any, zeros: Any, group: int, lows: Any, highs: Any, epsilon: Any, infinite: Any) -> int:
+    rows, columns = weight.shape
+    values, clean = np.zeros(packed.shape[1] * 8, np.uint8), np.empty(group, weight.dtype)
+    first = -1
+    for r in range(rows):
+        for g in range(columns // group):
+            source = weight[r, g * group : (g + 1) * group]
+            least, most, spoiled = _extremes(source, infinite)
+            low, high = widen(least), widen(most)
+            if lows.size:
+                low, high = widen(narrow(lows[r, g], infinite)), widen(narrow(highs[r, g], infinite))
+            low, high = min(low, f32(0)), max(high, f32(0))
+            zero = f32(0)
+            if zeros.size:
+                scale, zero = _asymmetric(low, high, epsilon, infinite)
+                zeros[r, g] = np.int8(zero)
+            else:
+                scale = _symmetric(low, high, epsilon, infinite)
+            scales[r, g] = narrow(scale, infinite)
+            if spoiled:
+                if first < 0:
+                    first = r * columns + g * group + _first(source, infinite)
+                _cleaned(source, clean, infinite)
+                _quantize_packed(clean, scale, zero, values[g * group : (g + 1) * group])
+            else:
+                _quantize_packed(source, scale, zero, values[g * group : (g + 1) * group])
+        _pack(values, packed[r])
+    return first
+
+
+@kernel
+def _decode_packed(packed: Any, scales: Any, zeros: Any, out: Any, group: int, like: Any) -> None:
+    rows, columns = out.shape
+    values = np.empty(packed.shape[1] * 8, np.uint8)
+    for r in range(rows):
+        _unpack(packed[r], values)
+        for g in range(columns // group):
+            scale, zero = widen(scales[r, g]), f32(8)
+            if zeros.size:
+                zero += f32(zeros[r, g])
+            source, target = values[g * group : (g + 1) * group], out[r, g * group : (g + 1) * group]
+            for c in range(group):
+                target[c] = narrow((f32(source[c]) - zero) * scale, like)
+
+
+@inner
+def _awq_qparams(low: Any, high: Any, like: Any) -> Any:
+    """(scale, zero point) from float16 values; a range beyond 65504, where AutoAWQ has Inf, counts as that."""
+    extent = min(widen(narrow(high - low, like)), f32(65504))
+    scale = widen(narrow(max(extent, f32(168 * 2.0**-24)) / f32(15), like))  # 168 * 2^-24: float16(1e-5)
+    return scale, min(max(-_whole(_clamped(rounded(low / scale, like), f32(-64), f32(64))), i32(0)), i32(15))
+
+
+@inner
+def _quantize_awq(weight: Any, low: Any, high: Any, scale: Any, zero: Any, values: Any, half: Any) -> None:
+    """clamp(round(w / s) + z, 0, 15), w and the quotient rounded to float16. AutoAWQ reads the integers from its fake-quantized weight: the same."""
+    for c in range(len(weight)):
+        w = _clamped(widen(narrow(widen(weight[c]), half)), low, high)
+        quotient = _clamped(rounded(w / scale, half), f32(-64), f32(64))
+        values[c] = u8(u32(min(max(i32(_whole(quotient) + zero), i32(0)), i32(15))))
+
+
+@inner
+def _words(values: Any, words: Any) -> None:
+    """Eight rows of bytes below 16 to words: nibbles in the order 0, 2, 4, 6, 1, 3, 5, 7."""
+    a, b, c, d, e, f, g, h = values[0], values[1], values[2], values[3], values[4], values[5], values[6], values[7]
+    for k in range(len(words)):
+        even = u32(u32(u32(a[k]) | u32(u32(c[k]) << u32(4))) | u32(u32(u32(e[k]) << u32(8)) | u32(u32(g[k]) << u32(12))))
+        odd = u32(u32(u32(b[k]) | u32(u32(d[k]) << u32(4))) | u32(u32(u32(f[k]) << u32(8)) | u32(u32(h[k]) << u32(12))))
+        words[k] = u32(even | u32(odd << u32(16)))
+
+
+@kernel
+def _encode_awq(weight: Any, qweight: Any, qzeros: Any, scales: Any, group: int, lows: Any, highs: Any, half: Any, nan: Any, infinite: Any) -> int:
+    rows, columns = weight.shape
+    step = group * max(1, CHUNK // group)
+    values, zeros = np.empty((ROWS, step), np.uint8), np.empty((ROWS, step // group), np.uint8)
+    words, clean = np.empty((ROWS // 8, step), np.uint32), np.empty(group, weight.dtype)
+    first = -1
+    for top in range(0, rows, ROWS):
+        for left in range(0, columns, step):
+            height, width = min(ROWS, rows - top), min(step, columns - left)
+            for r in range(height):
+                for g in range(width // group):
+                    line, begin = left // group + g, left + g * group
+                    source = weight[top + r, begin : begin + group]
+                    least, most, spoiled = _extremes(source, infinite)
+                    low, high = widen(narrow(widen(least), half)), widen(narrow(widen(most), half))
+                    if lows.size:
+                        low, high = widen(narrow(lows[top + r, line], half)), widen(narrow(highs[top + r, line], half))
+                    scale, zero = _awq_qparams(low, high, half)
+                    scales[line, top + r] = narrow(scale, half)
+                    zeros[r, g] = zero
+                    target = values[r, g * group : (g + 1) * group]
+                    if spoiled:
+                        at = (top + r) * columns + begin + _first(source, infinite)
+                        first = at if first < 0 else min(first, at)
+                        _cleaned(source, clean, nan)
+                        _quantize_awq(clean, low, high, scale, zero, target, half)
+                    else:
+                        _quantize_awq(source, low, high, scale, zero, target, half)
+            _store_words(values[:height, :width], words, qweight[left : left + width, top // 8 : (top + height) // 8])
+            _store_words(zeros[:height, : width // group], words, qzeros[left // group : (left + width) // group, top // 8 : (top + height) // 8])
+    return first
+
+
+@inner
+def _store_words(values: Any, words: Any, target: Any) -> None:
+    """Eight rows of values to one column of words each; stored line by line of the target."""
+    lines, columns = target.shape
+    for c in range(columns):
+        _words(values[8 * c : 8 * c + 8], words[c, :lines])
+    for k in range(lines):
+        for c in range(columns):
+            target[k, c] = words[c, k]
+
+
+@kernel
+def _decode_awq(qweight: Any, qzeros: Any, scales: Any, out: Any, group: int, like: Any) -> None:
+    rows, columns = out.shape
+    words = np.empty((ROWS // 8, group), np.uint32)
+    for top in range(0, rows // 8, ROWS // 8):
+        bottom = min(top + ROWS // 8, rows // 8)
+        for g in range(columns // group):
+            for k in range(group):
+                for c in range(top, bottom):
+                    words[c - top, k] = qweight[g * group + k, c]
+            for c in range(top, bottom):
+                for i in range(8):
+                    row, shift = 8 * c + i, u32(4 * ((i >> 1) + (i & 1) * 4))  # the inverse of (0, 2, 4, 6, 1, 3, 5, 7)
+                    scale, zero = widen(scales[g, row]), f32(u32(qzeros[g, c] >> shift) & u32(15))
+                    source, target = words[c - top], out[row, g * group : (g + 1) * group]
+                    for k in range(group):
+                        target[k] = narrow((f32(i32(u32(source[k] >> shift) & u32(15))) - zero) * scale, like)

@@ -1,4 +1,4 @@
-"""Four-bit kernels against the peers' own bytes, against plain torch, and against their own unpacking functions."""
+"""4-bit kernels: the peers' vectors, compressed-tensors itself, and the plain torch reference for all else."""
 
 from __future__ import annotations
 
@@ -7,151 +7,240 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from glmconv.kernels import int4, reference
 
-VECTORS = Path(__file__).resolve().parents[1] / "vectors" / "quant"
-PACKED = [f"{dtype}_g{group}_{kind}" for dtype in ("bf16", "fp32") for group in (32, 128) for kind in ("sym", "asym")]
+VECTORS = Path(__file__).parent.parent / "vectors" / "quant"
+PACKED = np.load(VECTORS / "ct_pack_quantized.npz")
+AWQ = np.load(VECTORS / "awq_autoawq.npz")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+Limits = tuple[torch.Tensor, torch.Tensor] | None
 
 
-def vector(file: str, case: str) -> dict[str, np.ndarray]:
-    loaded = np.load(VECTORS / f"{file}.npz")
-    return {key.removeprefix(f"{case}."): loaded[key] for key in loaded.files if key.startswith(f"{case}.")}
+def array(tensor: torch.Tensor) -> np.ndarray:
+    """As kernels take it: bfloat16 as uint16."""
+    tensor = tensor.contiguous()
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
-def packed(weight: np.ndarray, group: int, symmetric: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, int]:
+def tensor(values: np.ndarray) -> torch.Tensor:
+    found = torch.from_numpy(values)
+    return found.view(torch.bfloat16) if found.dtype == torch.uint16 else found
+
+
+def arrays(limits: Limits) -> tuple[np.ndarray, np.ndarray] | None:
+    return limits and (limits[0].numpy(), limits[1].numpy())
+
+
+def packed(weight: np.ndarray, group: int, *, symmetric: bool, limits: Limits = None):
+    """(packed, scales, zeros, first) from the kernel; zeros None if symmetric."""
     rows, columns = weight.shape
-    words, scales = np.zeros((rows, columns // 8), np.int32), np.zeros((rows, columns // group), weight.dtype)
-    zeros = None if symmetric else np.zeros((rows, columns // group), np.int8)
-    return words, scales, zeros, int4.encode_packed(weight, words, scales, zeros, group)
+    words, scales = np.full((rows, -(-columns // 8)), 7, np.int32), np.empty((rows, columns // group), weight.dtype)
+    zeros = None if symmetric else np.full(scales.shape, 99, np.int8)
+    return words, scales, zeros, int4.encode_packed(weight, words, scales, zeros, group, arrays(limits))
 
 
-def awq(weight: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+def awq(weight: np.ndarray, group: int, limits: Limits = None):
+    """(qweight, qzeros, scales, first), written into slices of the columns of larger arrays."""
     rows, columns = weight.shape
-    codes, zeros = np.zeros((columns, rows // 8), np.int32), np.zeros((columns // group, rows // 8), np.int32)
-    scales = np.zeros((columns // group, rows), np.float16)
-    return codes, zeros, scales, int4.encode_awq(weight, codes, zeros, scales, group)
+    qweight, qzeros = np.full((columns, rows // 8 + 3), 7, np.int32), np.full((columns // group, rows // 8 + 3), 7, np.int32)
+    scales = np.full((columns // group, rows + 3), 7, np.float16)
+    first = int4.encode_awq(weight, qweight[:, 1:-2], qzeros[:, 1:-2], scales[:, 1:-2], group, arrays(limits))
+    for whole in (qweight, qzeros, scales):
+        assert (whole[:, 0] == 7).all()
+        assert (whole[:, -2:] == 7).all()
+    return qweight[:, 1:-2], qzeros[:, 1:-2], scales[:, 1:-2], first
 
 
-def unpacked_awq(words: np.ndarray) -> np.ndarray:
-    """AutoAWQ's words [n, c] as codes [n, 8c], by its order as published."""
-    order = [0, 4, 1, 5, 2, 6, 3, 7]  # where the nibble of column i of eight stands
-    nibbles = np.stack([(words.view(np.uint32) >> np.uint32(4 * at)) & np.uint32(15) for at in order], axis=-1)
-    return nibbles.reshape(words.shape[0], -1)
-
-
-@pytest.mark.parametrize("case", PACKED)
-def test_pack_quantized_is_compressed_tensors_byte_for_byte(case):
-    expected = vector("ct_pack_quantized", case)
-    group, symmetric = int(case.split("_")[1][1:]), case.endswith("_sym")
-    words, scales, zeros, bad = packed(expected["weight"], group, symmetric)
-    assert bad == -1
-    assert np.array_equal(words, expected["weight_packed"])
-    assert np.array_equal(scales, expected["weight_scale"])
-    if zeros is not None:
-        assert np.array_equal(zeros, expected["zero_point_unpacked"])
-        assert np.array_equal(int4.pack_zeros(zeros), expected["weight_zero_point"])
-        assert np.array_equal(int4.unpack_zeros(expected["weight_zero_point"]), zeros)
-    out = np.zeros_like(expected["dequant"])
+def values_of(words, scales, zeros, group) -> np.ndarray:
+    out = np.empty((words.shape[0], scales.shape[1] * group), scales.dtype)
     int4.decode_packed(words, scales, zeros, out, group)
-    assert np.array_equal(out, expected["dequant"])
+    return out
 
 
-@pytest.mark.parametrize("case", ["fp16_g128", "fp16_g32"])
-def test_awq_is_autoawq_byte_for_byte(case):
-    expected = vector("awq_autoawq", case)
-    group = int(case.split("_g")[1])
-    codes, zeros, scales, bad = awq(expected["weight"], group)
-    assert bad == -1
-    assert np.array_equal(codes, expected["qweight"])
-    assert np.array_equal(zeros, expected["qzeros"])
-    assert np.array_equal(scales, expected["scales"])
-    out = np.zeros(expected["weight"].shape, np.float16)
-    int4.decode_awq(codes, zeros, scales, out, group)
-    assert np.array_equal(out.T, expected["dequant_in_out"])
+@pytest.mark.parametrize("case", sorted({key.split(".")[0] for key in PACKED} - {"known"}))
+def test_packed_words_scales_zeros_and_values_are_those_of_compressed_tensors(case):
+    _, group, kind = case.split("_")
+    words, scales, zeros, first = packed(PACKED[f"{case}.weight"], int(group[1:]), symmetric=kind == "sym")
+    np.testing.assert_array_equal(words, PACKED[f"{case}.weight_packed"])
+    np.testing.assert_array_equal(scales, PACKED[f"{case}.weight_scale"])
+    np.testing.assert_array_equal(values_of(words, scales, zeros, int(group[1:])), PACKED[f"{case}.dequant"])
+    assert first == -1
+    if zeros is not None:
+        np.testing.assert_array_equal(int4.pack_zeros(zeros), PACKED[f"{case}.weight_zero_point"])
+        np.testing.assert_array_equal(int4.unpack_zeros(PACKED[f"{case}.weight_zero_point"]), zeros)
 
 
-def test_awqs_order_of_nibbles_is_the_peers():
-    known = vector("awq_autoawq", "known")
-    assert np.array_equal(unpacked_awq(known["qweight"]), known["ints_out_in"].T)
-    out = np.zeros(known["ints_out_in"].shape, np.float32)
-    int4.decode_awq(known["qweight"], known["qzeros"], known["scales"], out, 16)
-    assert np.array_equal(out, (known["ints_out_in"] - 3).astype(np.float32))
+def test_zeros_are_packed_along_the_rows_as_compressed_tensors_packs():
+    np.testing.assert_array_equal(int4.pack_zeros(PACKED["known.int8"]), PACKED["known.packed_dim0"])
+    np.testing.assert_array_equal(int4.unpack_zeros(PACKED["known.packed_dim0"]), PACKED["known.int8"])
+    five = PACKED["known.int8"][:5]
+    np.testing.assert_array_equal(int4.unpack_zeros(int4.pack_zeros(five), 5), five)
 
 
-def test_packed_words_are_what_the_peers_functions_unpack():
-    rng = np.random.default_rng(0)
-    weight = (rng.standard_normal((24, 256)) * 0.02).astype(np.float32)
-    words, scales, zeros, _ = packed(weight, 32, symmetric=False)
-    assert zeros is not None
-    codes = unpack_from_int32(torch.from_numpy(words), 4, torch.Size(weight.shape))
-    wanted, wanted_scales, wanted_zeros = reference.encode_packed(torch.from_numpy(weight), 32, symmetric=False)
-    assert torch.equal(codes, wanted)
-    assert np.array_equal(scales, wanted_scales.numpy())
-    assert wanted_zeros is not None
-    assert np.array_equal(zeros, wanted_zeros.numpy())
-    assert np.array_equal(int4.pack_zeros(zeros), pack_to_int32(torch.from_numpy(zeros), 4, packed_dim=0).numpy())
+@pytest.mark.parametrize("group", [32, 128])
+def test_awq_words_scales_and_values_are_those_of_autoawq(group):
+    case = f"fp16_g{group}"
+    qweight, qzeros, scales, first = awq(AWQ[f"{case}.weight"], group)
+    np.testing.assert_array_equal(qweight, AWQ[f"{case}.qweight"])
+    np.testing.assert_array_equal(qzeros, AWQ[f"{case}.qzeros"])
+    np.testing.assert_array_equal(scales, AWQ[f"{case}.scales"])
+    out = np.empty((64, 256), np.float16)
+    int4.decode_awq(qweight, qzeros, scales, out, group)
+    np.testing.assert_array_equal(out.T, AWQ[f"{case}.dequant_in_out"])
+    assert first == -1
 
 
-def random_weight(seed: int, rows: int, columns: int) -> torch.Tensor:
-    torch.manual_seed(seed)
-    weight = torch.randn(rows, columns) * 10 ** torch.empty(rows, 1).uniform_(-4, 2)
-    weight[torch.rand(rows, columns) < 0.05] = 0
-    weight[0, : columns // 2] = 0
+def test_awq_integers_lie_where_autoawq_puts_them():
+    out = np.empty(AWQ["known.ints_out_in"].shape, np.float32)
+    int4.decode_awq(AWQ["known.qweight"], AWQ["known.qzeros"], AWQ["known.scales"], out, 16)
+    np.testing.assert_array_equal(out, AWQ["known.ints_out_in"] - 3)
+
+
+def spoil(weight: torch.Tensor, spoiled: list[tuple[int, float]]) -> torch.Tensor:
+    for at, value in spoiled:
+        weight.view(-1)[at % weight.numel()] = value
     return weight
 
 
-@settings(max_examples=40, deadline=None)
+def normals(rows: int, columns: int, dtype: torch.dtype, seed: int, powers: tuple[int, int]) -> torch.Tensor:
+    """Normal values, each row with a size and a mean of its own; of other sizes than float16 can hold, they end at its largest."""
+    source = torch.Generator().manual_seed(seed)
+    weight = torch.randn((rows, columns), generator=source) + 2 * torch.randn((rows, 1), generator=source)
+    weight = weight * torch.exp2(torch.randint(*powers, (rows, 1), generator=source))
+    return weight.clamp(-65504, 65504).to(dtype) if dtype == torch.float16 else weight.to(dtype)
+
+
+SPOILED = st.lists(st.tuples(st.integers(0, 10_000), st.sampled_from([torch.nan, torch.inf, -torch.inf, 0.0, -0.0])), max_size=3)
+
+
+@settings(max_examples=80, deadline=None)
 @given(
-    rows=st.integers(1, 12), groups=st.integers(1, 5), group=st.sampled_from([8, 16, 32, 40, 128]), symmetric=st.booleans(), narrow=st.booleans(),
-    seed=st.integers(0, 2**32 - 1),
-)  # fmt: skip
-def test_any_shape_and_group_is_packed_as_plain_torch_does(rows, groups, group, symmetric, narrow, seed):
-    weight = random_weight(seed, rows, groups * group)
-    given_as = weight.bfloat16() if narrow else weight
-    array = given_as.view(torch.int16).numpy().view(np.uint16) if narrow else weight.numpy()
-    words, scales, zeros, _ = packed(array, group, symmetric)
-    wanted, wanted_scales, wanted_zeros = reference.encode_packed(given_as, group, symmetric)
-    assert torch.equal(unpack_from_int32(torch.from_numpy(words), 4, wanted.shape), wanted)
-    found = torch.from_numpy(scales.view(np.int16) if narrow else scales)
-    assert torch.equal(found.view(torch.bfloat16) if narrow else found, wanted_scales)
-    assert (zeros is None and wanted_zeros is None) or np.array_equal(zeros, wanted_zeros.numpy())
+    rows=st.integers(1, 20),
+    groups=st.integers(1, 5),
+    group=st.sampled_from([1, 8, 12, 32, 64]),
+    dtype=st.sampled_from(DTYPES),
+    symmetric=st.booleans(),
+    limited=st.booleans(),
+    seed=st.integers(0, 2**32),
+    spoiled=SPOILED,
+)
+def test_packed_of_any_shape_and_dtype_is_the_reference(rows, groups, group, dtype, symmetric, limited, seed, spoiled):
+    weight = spoil(normals(rows, groups * group, dtype, seed, (-150, 130)), spoiled)
+    weight[-1, :group] = 0
+    limits = (torch.full((rows, groups), -0.3), torch.full((rows, groups), 0.2)) if limited else None
+    words, scales, zeros, first = packed(array(weight), group, symmetric=symmetric, limits=limits)
+    expected = reference.encode_packed(weight, group, limits, symmetric=symmetric)
+    np.testing.assert_array_equal(scales, array(expected[1]))
+    if zeros is not None:
+        np.testing.assert_array_equal(zeros, expected[2].numpy())
+    np.testing.assert_array_equal(words, expected[0].numpy())
+    assert first == expected[3]
+    for out_dtype in DTYPES:
+        out = array(torch.zeros(weight.shape, dtype=out_dtype))
+        int4.decode_packed(words, scales, zeros, out, group)
+        np.testing.assert_array_equal(out, array(reference.decode_packed(expected[0], expected[1], expected[2], out_dtype, group)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    eights=st.integers(1, 20),
+    groups=st.integers(1, 5),
+    group=st.sampled_from([1, 8, 12, 32, 128, 700]),
+    dtype=st.sampled_from(DTYPES),
+    limited=st.booleans(),
+    seed=st.integers(0, 2**32),
+    spoiled=SPOILED,
+)
+def test_awq_of_any_shape_and_dtype_is_the_reference(eights, groups, group, dtype, limited, seed, spoiled):
+    weight = spoil(normals(eights * 8, groups * group, dtype, seed, (-30, 16)), spoiled)
+    weight[-1, :group] = 0
+    limits = (torch.full((eights * 8, groups), -0.3), torch.full((eights * 8, groups), 0.2)) if limited else None
+    found, expected = awq(array(weight), group, limits), reference.encode_awq(weight, group, limits)
+    for ours, theirs in zip(found[:3], expected[:3], strict=True):
+        np.testing.assert_array_equal(ours, theirs.numpy())
+    assert found[3] == expected[3]
+    for out_dtype in DTYPES:
+        out = array(torch.zeros(weight.shape, dtype=out_dtype))
+        int4.decode_awq(*found[:3], out, group)
+        np.testing.assert_array_equal(out, array(reference.decode_awq(*expected[:3], out_dtype, group)))
 
 
 @settings(max_examples=40, deadline=None)
-@given(words=st.integers(1, 20), groups=st.integers(1, 4), group=st.sampled_from([8, 32, 64]), narrow=st.booleans(), seed=st.integers(0, 2**32 - 1))
-def test_any_shape_and_group_is_awq_as_plain_torch_does(words, groups, group, narrow, seed):
-    weight = random_weight(seed, 8 * words, groups * group)
-    given_as = weight.bfloat16() if narrow else weight.half()
-    array = given_as.view(torch.int16).numpy().view(np.uint16) if narrow else given_as.numpy()
-    codes, zeros, scales, bad = awq(array, group)
-    wanted, wanted_zeros, wanted_scales = reference.encode_awq(given_as, group)
-    assert bad == -1
-    assert np.array_equal(unpacked_awq(codes), wanted.numpy().T)
-    assert np.array_equal(unpacked_awq(zeros), wanted_zeros.numpy().T)
-    assert np.array_equal(scales, wanted_scales.numpy().T)
+@given(seed=st.integers(0, 2**32), group=st.sampled_from([8, 32, 128]))
+def test_awq_integers_are_what_autoawq_reads_back_from_its_fake_quantized_weight(seed, group):
+    """AutoAWQ quantizes, dequantizes, and quantizes once more to pack; ours leaves out the way there and back."""
+    weight = normals(16, 2 * group, torch.float16, seed, (-24, 12))
+    assume(bool((weight.float().amax() - weight.float().amin()) < 60000))
+    groups, low, high = reference.grouped(weight, group, None)
+    scales = (high - low).clamp(min=1e-5) / 15
+    zeros = (-torch.round(low / scales)).clamp_(0, 15)
+    scales, zeros = scales[..., None], zeros[..., None]
+    fake = (torch.clamp(torch.round(groups / scales) + zeros, 0, 15) - zeros) * scales
+    integers = torch.round((fake + zeros * scales) / scales).to(torch.int32).flatten(1)
+    np.testing.assert_array_equal(awq(array(weight), group)[0], reference.awq_words(integers).numpy())
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_given_limits_take_the_place_of_min_and_max(symmetric):
-    weight = random_weight(1, 8, 128).numpy()
-    low, high = (np.full((8, 4), value, np.float32) for value in (-0.5, 0.75))
-    words, scales, zeros = np.zeros((8, 16), np.int32), np.zeros((8, 4), np.float32), None if symmetric else np.zeros((8, 4), np.int8)
-    int4.encode_packed(weight, words, scales, zeros, 32, (low, high))
-    assert np.allclose(scales, 0.75 / 7.5 if symmetric else 1.25 / 15)
-    codes = [np.zeros(shape, np.int32) for shape in ((128, 1), (4, 1))]
-    halves = np.zeros((4, 8), np.float16)
-    int4.encode_awq(weight, codes[0], codes[1], halves, 32, (low, high))
-    assert np.allclose(halves, 1.25 / 15, rtol=1e-3)
+def compressor(group: int, *, symmetric: bool):
+    """compressed-tensors' pack-quantized compressor and its scheme of four bits in groups."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    weights = QuantizationArgs(num_bits=4, type="int", symmetric=symmetric, strategy="group", group_size=group)
+    return BaseCompressor.get_value_from_registry("pack-quantized"), QuantizationScheme(targets=["Linear"], weights=weights)
 
 
-def test_what_is_not_finite_is_found():
-    weight = np.full((16, 64), 0x3F80, np.uint16)
-    weight[9, 33], weight[3, 40] = 0x7FC0, 0xFF80
-    assert packed(weight, 32, True)[3] == 3 * 64 + 40
-    assert awq(weight, 32)[3] == 3 * 64 + 40
-    beyond = np.full((8, 32), 70000.0, np.float32)
-    assert awq(beyond, 32)[3] == 0, "float16 ends at 65504"
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_compressed_tensors_computes_packs_and_reads_the_same(dtype, symmetric):
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    group, weight = 32, normals(24, 96, dtype, 5, (-6, 4))
+    weight[3, 32:64] = 0
+    weight[4] = weight[4].abs()
+    peer, scheme = compressor(group, symmetric=symmetric)
+    groups = weight.reshape(24, 3, group)
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
+    state = peer.compress({"weight": weight, "weight_scale": scale, "weight_zero_point": zero}, scheme)
+    words, scales, zeros, _ = packed(array(weight), group, symmetric=symmetric)
+    np.testing.assert_array_equal(scales, array(scale))
+    np.testing.assert_array_equal(words, state["weight_packed"].numpy())
+    mine = {"weight_packed": torch.from_numpy(words), "weight_scale": tensor(scales), "weight_shape": torch.tensor(weight.shape)}
+    if zeros is not None:
+        np.testing.assert_array_equal(zeros, zero.numpy())
+        mine["weight_zero_point"] = torch.from_numpy(int4.pack_zeros(zeros))
+    np.testing.assert_array_equal(values_of(words, scales, zeros, group), array(peer.decompress(mine, scheme)["weight"]))
+
+
+def test_a_zero_group_has_a_scale_above_zero_and_decodes_to_zeros():
+    for dtype in DTYPES:
+        weight = torch.zeros(8, 64, dtype=dtype)
+        for symmetric in (True, False):
+            words, scales, zeros, _ = packed(array(weight), 32, symmetric=symmetric)
+            assert (tensor(scales) == torch.finfo(dtype).eps).all()  # as compressed-tensors has it
+            assert not values_of(words, scales, zeros, 32).any()
+        qweight, qzeros, scales, _ = awq(array(weight), 32)
+        assert (scales > 0).all()
+        out = np.empty((8, 64), np.float16)
+        int4.decode_awq(qweight, qzeros, scales, out, 32)
+        assert not out.any()
+
+
+def test_what_float16_cannot_hold_is_reported_as_inf_in_awq():
+    weight = torch.zeros(8, 32)
+    weight[2, 5] = 65519.0
+    assert awq(array(weight), 32)[3] == -1
+    weight[2, 5] = 65520.0
+    assert awq(array(weight), 32)[3] == 2 * 32 + 5
+    assert awq(array(weight.bfloat16()), 32)[3] == 2 * 32 + 5
+
+
+def test_decoded_weights_encode_to_the_same_words_within_the_limits_of_their_scales():
+    weight = tensor(PACKED["fp32_g32_asym.weight"])
+    words, scales, zeros, _ = packed(array(weight), 32, symmetric=False)
+    limits = tuple(((edge - torch.from_numpy(zeros)) * tensor(scales)).float() for edge in (-8, 7))
+    again = packed(values_of(words, scales, zeros, 32), 32, symmetric=False, limits=limits)
+    np.testing.assert_array_equal(again[0], words)
