@@ -265,3 +265,26 @@ def test_the_release_is_what_comes_back_in_names_and_side_files(source, made, tm
     assert set(tensors_of(tmp_path / "back")) == set(tensors_of(source))
     before, after = release(source), release(tmp_path / "back")
     assert json.loads(before["config.json"]) == json.loads(after["config.json"])
+
+
+def test_a_quantized_copy_of_the_head_is_dropped_for_megatron_and_comes_back_whole(toy, tmp_path):
+    """The official GLM-4.5-FP8 quantizes `shared_head.head`, a copy of `lm_head`, which it leaves in bfloat16."""
+    convert(toy("glm4.5-355B-A32B"), {"fp8:channel": tmp_path / "made"})
+    copy = "model.layers.4.shared_head.head.weight"
+
+    def quantize(stored: dict[str, Stored]) -> None:
+        head = as_torch(stored[copy]).float()
+        scale = head.abs().amax(1, keepdim=True) / 448
+        codes = (head / scale).to(torch.float8_e4m3fn).view(torch.uint8)
+        stored[copy] = Stored("F8_E4M3", list(head.shape), codes.numpy().tobytes())
+        stored[f"{copy}_scale"] = Stored("F32", list(scale.shape), scale.numpy().tobytes())
+
+    official = rewritten(tmp_path / "made", tmp_path / "official", quantize)
+    convert(official, {"torch_dist": tmp_path / "td", "hf": tmp_path / "plain"})
+    assert verify(official, tmp_path / "plain").same
+    result = verify_same(official, tmp_path / "td")
+    assert result.same
+    assert [loss.tensor for loss in result.losses] == [copy]
+    convert(tmp_path / "td", {"hf": tmp_path / "back"})
+    back = tensors_of(tmp_path / "back")
+    assert back[copy].data == back["lm_head.weight"].data
