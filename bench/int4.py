@@ -11,7 +11,7 @@ import argparse
 
 import numpy as np
 import torch
-from kernel_rates import Rate, measured, report, weights
+from rates import Rate, measured, report, weights
 
 from glmconv.kernels import int4, reference
 

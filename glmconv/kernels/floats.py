@@ -38,6 +38,12 @@ def infinity(values: Array) -> Any:
     return kind(bits)
 
 
+def fits(array: Array, kind: str, rows: int, columns: int) -> None:
+    """Raise ValueError unless `array` has the dtype and at least these sizes: compiled loops look at no bounds, they would write beyond."""
+    if array.dtype.name != kind or array.ndim != 2 or array.shape[0] < rows or array.shape[1] < columns:
+        raise ValueError(f"{array.dtype.name} {list(array.shape)} is given, {kind} [{rows}, {columns}] is needed")
+
+
 @inner
 def bits(x: Any) -> Any:
     return f32(x).view(np.uint32)

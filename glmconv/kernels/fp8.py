@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from glmconv.kernels.floats import Array, bits, carried, f32, infinity, magnitude, narrow, real, u8, u32, widen
+from glmconv.kernels.floats import Array, bits, carried, f32, fits, infinity, magnitude, narrow, real, u8, u32, widen
 from glmconv.kernels.jit import inner, kernel
 
 Rule = Literal["division", "reciprocal", "ue8m0"]
@@ -39,7 +39,7 @@ def encode_block(weight: Array, codes: Array, scales: Array, block: tuple[int, i
 
 def largest(weight: Array, rule: Rule) -> tuple[float, int]:
     """The largest finite magnitude, at least the rule's floor, and the index of the first NaN or Inf or -1: pieces of a tensor, then their max."""
-    amax, first = _largest(carried(weight), infinity(weight))
+    amax, first = _largest(carried(weight), infinity(weight)) if weight.size else (0, -1)
     return max(float(amax), float(floor_of(weight, rule))), int(first)
 
 
@@ -51,7 +51,8 @@ def scale_of(amax: float, rule: Rule) -> np.float32:
 
 def encode_scaled(weight: Array, codes: Array, scale: float) -> int:
     """Encode with a scale that is known (per tensor). Returns the index of the first NaN or Inf, or -1."""
-    return int(_encode_scaled(carried(weight), codes, np.float32(scale), infinity(weight)))
+    fits(codes, "uint8", *weight.shape)
+    return int(_encode_scaled(carried(weight), codes, np.float32(scale), infinity(weight))) if weight.size else -1
 
 
 def encode_mx(weight: Array, codes: Array, exponents: Array, group: int = 32) -> int:
@@ -73,6 +74,10 @@ def decode_block(codes: Array, scales: Array, out: Array, block: tuple[int, int]
     Per channel: block (1, columns); per tensor: a block that no tensor exceeds.
     Returns the index of the first NaN code (it decodes to NaN with its sign), or -1.
     """
+    rows, columns = codes.shape
+    fits(out, out.dtype.name, rows, columns)
+    if rows and columns:
+        fits(scales, "float32", (first_row + rows - 1) // block[0] + 1, (columns - 1) // block[1] + 1)
     out = carried(out)
     return int(_decode_block(codes, scales, out, block[0], block[1], first_row, out.dtype.type(0)))
 
@@ -103,6 +108,8 @@ def _encode(weight: Array, codes: Array, scales: Array, block: tuple[int, int], 
     if not weight.size:
         return -1
     height, length = (min(size, limit) for size, limit in zip(block, weight.shape, strict=True))
+    fits(codes, "uint8", *weight.shape)
+    fits(scales, "float32", -(-weight.shape[0] // height), -(-weight.shape[1] // length))
     width = length * max(1, STRIP // (height * length * weight.itemsize))
     peaks = np.empty(min(width, weight.shape[1]), weight.dtype)
     return int(_encode_block(carried(weight), codes, scales, height, length, rule, floor, carried(peaks), infinity(weight)))
@@ -159,6 +166,7 @@ def _mend_row(weight: Any, codes: Any, infinite: Any) -> int:
 
 @inner
 def _peak(weight: Any) -> Any:
+    """The largest magnitude of one value or more."""
     most = magnitude(weight[0])
     for c in range(len(weight)):
         most = max(most, magnitude(weight[c]))

@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from glmconv.kernels.floats import Array, bits, carried, carrier, f32, i32, infinity, magnitude, narrow, ordered, rounded, u8, u32, widen
+from glmconv.kernels.floats import Array, bits, carried, carrier, f32, fits, i32, infinity, magnitude, narrow, ordered, rounded, u8, u32, widen
 from glmconv.kernels.jit import inner, kernel
 
 Limits = tuple[Array, Array]
-AWQ_INFINITE = {"uint16": 0x4780, "float16": 0x7C00, "float32": 0x477F_F000}  # the first magnitudes that float16 rounds to Inf
 CHUNK = 1024  # columns of ROWS rows, with their words: both stay in a second-level cache
 EPSILON = {"uint16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}  # the scale of an all-zero group: torch.finfo(dtype).eps
 ROWS = 128  # rows of a weight whose AWQ words, side by side, fill a cache line of the output
@@ -36,6 +35,9 @@ def encode_packed(weight: Array, packed: Array, scales: Array, zeros: Array | No
     """
     low, high = limits or (NO_LIMITS, NO_LIMITS)
     points = np.empty((0, 0), np.int8) if zeros is None else zeros
+    rows, columns = weight.shape
+    fits(packed, "int32", rows, -(-columns // 8))
+    _fit_groups(rows, columns, group, (scales, weight.dtype.name), *([] if zeros is None else [(zeros, "int8")]), *_typed(limits))
     words = packed.view(np.uint32)
     epsilon = np.float32(EPSILON[weight.dtype.name])
     return int(_encode_packed(carried(weight), words, carried(scales), points, group, low, high, epsilon, infinity(weight)))
@@ -48,6 +50,9 @@ def decode_packed(packed: Array, scales: Array, zeros: Array | None, out: Array,
     is exact in float32, so that either rounds the true product once.
     """
     points = np.empty((0, 0), np.int8) if zeros is None else zeros
+    rows, columns = out.shape
+    fits(packed, "int32", rows, -(-columns // 8))
+    _fit_groups(rows, columns, group, (scales, scales.dtype.name), *([] if zeros is None else [(zeros, "int8")]))
     target = carried(out)
     _decode_packed(packed.view(np.uint32), carried(scales), points, target, group, target.dtype.type(0))
 
@@ -76,15 +81,48 @@ def encode_awq(weight: Array, qweight: Array, qzeros: Array, scales: Array, grou
     columns of a larger array. Nibble i of a word holds row 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i], unsigned.
     The weight is rounded to float16 first, beyond which it counts as Inf. Returns the index of the first NaN or Inf, or -1.
     """
-    low, high = limits or (NO_LIMITS, NO_LIMITS)
-    infinite = infinity(weight), type(infinity(weight))(AWQ_INFINITE[weight.dtype.name])
-    return int(_encode_awq(carried(weight), qweight.view(np.uint32), qzeros.view(np.uint32), carried(scales), group, low, high, HALF, *infinite))
+    rows, columns = weight.shape
+    _fit_awq(weight.shape, group, qweight, qzeros, scales)
+    _fit_groups(rows, columns, group, *_typed(limits))
+    first, halves = -1, np.empty((0 if weight.dtype == np.float16 else min(rows, ROWS), columns), np.float16)
+    for top in range(0, rows, ROWS):
+        strip, words = slice(top, min(top + ROWS, rows)), slice(top // 8, min(top + ROWS, rows) // 8)
+        low, high = (edge[strip] for edge in limits or (NO_LIMITS, NO_LIMITS))
+        part = weight[strip]
+        if weight.dtype != np.float16:
+            part = halves[: len(part)]
+            _halve(carried(weight[strip]), carried(part), HALF)
+        targets = qweight[:, words].view(np.uint32), qzeros[:, words].view(np.uint32), carried(scales[:, strip])
+        found = int(_encode_awq(carried(part), *targets, group, low, high, infinity(part)))
+        first = top * columns + found if first < 0 <= found else first
+    return first
 
 
 def decode_awq(qweight: Array, qzeros: Array, scales: Array, out: Array, group: int) -> None:
     """(value - zero) * scale, rounded once to the dtype of `out` [rows, columns]; AutoAWQ's own numbers if that is float16."""
+    _fit_awq(out.shape, group, qweight, qzeros, scales)
     target = carried(out)
     _decode_awq(qweight.view(np.uint32), qzeros.view(np.uint32), carried(scales), target, group, target.dtype.type(0))
+
+
+def _typed(limits: Limits | None) -> list[tuple[Array, str]]:
+    return [(edge, "float32") for edge in limits or ()]
+
+
+def _fit_groups(rows: int, columns: int, group: int, *arrays: tuple[Array, str]) -> None:
+    if columns % group:
+        raise ValueError(f"groups of {group} do not divide {columns} columns")
+    for array, kind in arrays:
+        fits(array, kind, rows, columns // group)
+
+
+def _fit_awq(shape: tuple[int, ...], group: int, qweight: Array, qzeros: Array, scales: Array) -> None:
+    rows, columns = shape
+    if rows % 8 or columns % group:
+        raise ValueError(f"groups of {group} and words of 8 do not divide [{rows}, {columns}]")
+    fits(qweight, "int32", columns, rows // 8)
+    fits(qzeros, "int32", columns // group, rows // 8)
+    fits(scales, "float16", columns // group, rows)
 
 
 @inner
@@ -235,11 +273,10 @@ def _awq_qparams(low: Any, high: Any, like: Any) -> Any:
 
 
 @inner
-def _quantize_awq(weight: Any, low: Any, high: Any, scale: Any, zero: Any, values: Any, half: Any) -> None:
-    """clamp(round(w / s) + z, 0, 15), w and the quotient rounded to float16. AutoAWQ reads the integers from its fake-quantized weight: the same."""
+def _quantize_awq(weight: Any, low: Any, high: Any, scale: Any, zero: Any, values: Any) -> None:
+    """clamp(round(w / s) + z, 0, 15), the quotient rounded to float16. AutoAWQ reads the integers from its fake-quantized weight: the same."""
     for c in range(len(weight)):
-        w = _clamped(widen(narrow(widen(weight[c]), half)), low, high)
-        quotient = _clamped(rounded(w / scale, half), f32(-64), f32(64))
+        quotient = _clamped(rounded(_clamped(widen(weight[c]), low, high) / scale, weight[c]), f32(-64), f32(64))
         values[c] = u8(u32(min(max(i32(_whole(quotient) + zero), i32(0)), i32(15))))
 
 
@@ -254,36 +291,42 @@ def _words(values: Any, words: Any) -> None:
 
 
 @kernel
-def _encode_awq(weight: Any, qweight: Any, qzeros: Any, scales: Any, group: int, lows: Any, highs: Any, half: Any, nan: Any, infinite: Any) -> int:
+def _halve(weight: Any, halves: Any, half: Any) -> None:
+    for r in range(weight.shape[0]):
+        source, target = weight[r], halves[r]
+        for c in range(len(source)):
+            target[c] = narrow(widen(source[c]), half)
+
+
+@kernel
+def _encode_awq(weight: Any, qweight: Any, qzeros: Any, scales: Any, group: int, lows: Any, highs: Any, infinite: Any) -> int:
+    """At most ROWS rows of float16."""
     rows, columns = weight.shape
     step = group * max(1, CHUNK // group)
-    values, zeros = np.empty((ROWS, step), np.uint8), np.empty((ROWS, step // group), np.uint8)
-    words, clean = np.empty((ROWS // 8, step), np.uint32), np.empty(group, weight.dtype)
+    values, zeros = np.empty((rows, step), np.uint8), np.empty((rows, step // group), np.uint8)
+    words, clean = np.empty((rows // 8, step), np.uint32), np.empty(group, weight.dtype)
     first = -1
-    for top in range(0, rows, ROWS):
-        for left in range(0, columns, step):
-            height, width = min(ROWS, rows - top), min(step, columns - left)
-            for r in range(height):
-                for g in range(width // group):
-                    line, begin = left // group + g, left + g * group
-                    source = weight[top + r, begin : begin + group]
-                    least, most, spoiled = _extremes(source, infinite)
-                    low, high = widen(narrow(widen(least), half)), widen(narrow(widen(most), half))
-                    if lows.size:
-                        low, high = widen(narrow(lows[top + r, line], half)), widen(narrow(highs[top + r, line], half))
-                    scale, zero = _awq_qparams(low, high, half)
-                    scales[line, top + r] = narrow(scale, half)
-                    zeros[r, g] = zero
-                    target = values[r, g * group : (g + 1) * group]
-                    if spoiled:
-                        at = (top + r) * columns + begin + _first(source, infinite)
-                        first = at if first < 0 else min(first, at)
-                        _cleaned(source, clean, nan)
-                        _quantize_awq(clean, low, high, scale, zero, target, half)
-                    else:
-                        _quantize_awq(source, low, high, scale, zero, target, half)
-            _store_words(values[:height, :width], words, qweight[left : left + width, top // 8 : (top + height) // 8])
-            _store_words(zeros[:height, : width // group], words, qzeros[left // group : (left + width) // group, top // 8 : (top + height) // 8])
+    for left in range(0, columns, step):
+        right = min(left + step, columns)
+        for r in range(rows):
+            for g in range(left // group, right // group):
+                source, target = weight[r, g * group : (g + 1) * group], values[r, g * group - left : (g + 1) * group - left]
+                least, most, spoiled = _extremes(source, infinite)
+                low, high = widen(least), widen(most)
+                if lows.size:
+                    low, high = widen(narrow(lows[r, g], infinite)), widen(narrow(highs[r, g], infinite))
+                scale, zero = _awq_qparams(low, high, infinite)
+                scales[g, r] = narrow(scale, infinite)
+                zeros[r, g - left // group] = zero
+                if spoiled:
+                    at = r * columns + g * group + _first(source, infinite)
+                    first = at if first < 0 else min(first, at)
+                    _cleaned(source, clean, infinite)
+                    _quantize_awq(clean, low, high, scale, zero, target)
+                else:
+                    _quantize_awq(source, low, high, scale, zero, target)
+        _store_words(values, words, qweight[left:right])
+        _store_words(zeros, words, qzeros[left // group : right // group])
     return first
 
 

@@ -271,3 +271,18 @@ def test_e8m0_bytes_are_powers_of_two_and_back():
     for value in (0.0, -1.0, 1.5, np.inf, 2.0**-149):
         with pytest.raises(ValueError, match="powers of two"):
             fp8.scales_to_exponents(np.array([value], np.float32))
+
+
+def test_what_is_too_small_for_the_loops_is_refused():
+    weight, codes, scales = np.zeros((130, 200), np.uint16), np.zeros((130, 200), np.uint8), np.ones((2, 2), np.float32)
+    for bad in (
+        lambda: fp8.encode_block(weight, codes[:-1], scales, (128, 128), "division"),
+        lambda: fp8.encode_block(weight, codes, scales[:1], (128, 128), "division"),
+        lambda: fp8.encode_block(weight, codes, scales.astype(np.float64), (128, 128), "division"),
+        lambda: fp8.encode_scaled(weight, codes[:, 1:], 1.0),
+        lambda: fp8.encode_mx(weight, codes, np.zeros((130, 6), np.uint8)),
+        lambda: fp8.decode_block(codes, scales, weight, (128, 128), 127),
+        lambda: fp8.decode_block(codes, scales, weight[1:], (128, 128), 0),
+    ):
+        with pytest.raises(ValueError, match="is needed"):
+            bad()

@@ -244,3 +244,34 @@ def test_decoded_weights_encode_to_the_same_words_within_the_limits_of_their_sca
     limits = tuple(((edge - torch.from_numpy(zeros)) * tensor(scales)).float() for edge in (-8, 7))
     again = packed(values_of(words, scales, zeros, 32), 32, symmetric=False, limits=limits)
     np.testing.assert_array_equal(again[0], words)
+
+
+def test_no_rows_and_no_columns_are_no_fault():
+    for shape in ((0, 32), (8, 0)):
+        weight = np.empty(shape, np.uint16)
+        words, scales, zeros, first = packed(weight, 32, symmetric=False)
+        assert first == -1
+        assert values_of(words, scales, zeros, 32).shape == shape
+        *parts, first = awq(weight, 32)
+        assert first == -1
+        int4.decode_awq(*parts, weight, 32)
+
+
+def test_what_is_too_small_for_the_loops_is_refused():
+    weight = np.zeros((8, 64), np.uint16)
+    words, scales, zeros, _ = packed(weight, 32, symmetric=False)
+    parts = awq(weight, 32)[:3]
+    limits = np.zeros((8, 1), np.float32), np.zeros((8, 1), np.float32)
+    for bad in (
+        lambda: int4.encode_packed(weight, words[:, 1:], scales, zeros, 32),
+        lambda: int4.encode_packed(weight, words, scales, zeros[1:], 32),
+        lambda: int4.encode_packed(weight, words, scales.view(np.float16), zeros, 32),
+        lambda: int4.encode_packed(weight, words, scales, zeros, 32, limits),
+        lambda: int4.encode_packed(weight, words, scales, zeros, 24),
+        lambda: int4.decode_packed(words, scales, zeros, weight, 16),
+        lambda: int4.encode_awq(weight[:7], *parts, 32),
+        lambda: int4.encode_awq(weight, *parts, 32, limits),
+        lambda: int4.decode_awq(parts[0], parts[1], parts[2][:1], weight, 32),
+    ):
+        with pytest.raises(ValueError, match=r"is needed|do not divide"):
+            bad()
