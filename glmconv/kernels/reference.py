@@ -50,12 +50,17 @@ def encode(weight: Tensor, scales: Tensor) -> Tensor:
 def scale_of(amax: Tensor, rule: str) -> Tensor:
     if rule == "reciprocal":
         return amax * torch.tensor(1 / LARGEST, dtype=torch.float32, device=amax.device)
-    scales = amax / torch.full_like(amax, LARGEST)  # not `/ 448.0`: on CUDA that is a product with the rounded reciprocal
+    scales = divided(amax, LARGEST)
     if rule == "division":
         return scales
     bits = scales.view(torch.int32)
     exponents = (bits >> 23) + ((bits & 0x7F_FFFF) != 0).to(torch.int32)
     return (exponents.clamp(1, 254) << 23).view(torch.float32)
+
+
+def divided(values: Tensor, by: float) -> Tensor:
+    """A true division on every device: torch divides by a Python number on CUDA as it multiplies with the rounded reciprocal."""
+    return values / torch.full_like(values, by)
 
 
 def floor_of(dtype: torch.dtype, rule: str) -> float:
@@ -90,9 +95,9 @@ def encode_packed(weight: Tensor, group: int, limits: Limits | None = None, *, s
     groups, low, high = grouped(weight, group, limits)
     low, high = low.clamp(max=0), high.clamp(min=0)
     if symmetric:
-        scales, zeros = torch.maximum(-low, high) / 7.5, torch.zeros_like(low)
+        scales, zeros = divided(torch.maximum(-low, high), 7.5), torch.zeros_like(low)
     else:
-        scales = (high - low).clamp(max=torch.finfo(weight.dtype).max) / 15
+        scales = divided((high - low).clamp(max=torch.finfo(weight.dtype).max), 15)
         zeros = (-8 - low / scales).nan_to_num(0.0).clamp(-8, 7).round()
     scales = torch.where(scales == 0, torch.finfo(weight.dtype).eps, scales)
     values = (groups.nan_to_num(0.0, torch.inf, -torch.inf) / scales[..., None] + zeros[..., None]).clamp(-8, 7).round().flatten(1)
@@ -110,7 +115,7 @@ def encode_awq(weight: Tensor, group: int, limits: Limits | None = None) -> tupl
     """(qweight, qzeros, scales, first NaN or Inf); see int4.encode_awq."""
     weight = weight.to(torch.float16)
     groups, low, high = grouped(weight, group, limits)
-    scales = (high - low).clamp(1e-5, 65504) / 15
+    scales = divided((high - low).clamp(1e-5, 65504), 15)
     zeros = (-torch.round(low / scales)).clamp(0, 15)
     clipped = torch.minimum(torch.maximum(groups.nan_to_num(0.0, torch.inf, -torch.inf), low[..., None]), high[..., None])
     values = (torch.round(clipped / scales[..., None]) + zeros[..., None]).clamp(0, 15).flatten(1)
