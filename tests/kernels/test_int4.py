@@ -201,6 +201,8 @@ def test_compressed_tensors_computes_packs_and_reads_the_same(dtype, symmetric):
     group, weight = 32, normals(24, 96, dtype, 5, (-6, 4))
     weight[3, 32:64] = 0
     weight[4] = weight[4].abs()
+    ties = torch.arange(-7, 8) / (512 if dtype == torch.float16 else 64)  # scale 1, zero -8: the sum lies between two values of the dtype
+    weight[5, :32] = torch.cat([0.5 + ties, 1.5 + ties, torch.tensor([0.0, 15.0])])
     peer, scheme = compressor(group, symmetric=symmetric)
     groups = weight.reshape(24, 3, group)
     scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
