@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from glmconv.archs import Model, TensorSpec
 from glmconv.archs.spec import Part, Role
 from glmconv.codecs.codec import Codec
-from glmconv.errors import UsageError
+from glmconv.errors import CapacityError, UsageError
 from glmconv.formats.serving import QUANTIZED, Parallel, problem, share
 
 MODULES = (Role.LINEAR, Role.EXPERT, Role.HEAD, Role.ROUTER)  # those that are linear modules, whether quantized or not
@@ -58,6 +58,11 @@ def select(model: Model, names: Iterable[str], codec: Codec, options: QuantOptio
         if reason:
             left.setdefault(partners(tensor), "" if reason == ASKED else f"{tensor.name}: {reason}")
     encoded = frozenset(tensor.name for tensor in chosen if partners(tensor) not in left)
+    if not encoded:
+        why = next((f" ({reason})" for reason in left.values() if reason), "")
+        raise CapacityError(
+            f"--to {codec.name}: not one weight would be quantized{why}.", hint="Take fp8:channel, which divides everywhere, or --ragged quantize."
+        )
     kept = sorted(t.name.removesuffix(".weight") for t in tensors if t.role in MODULES and t.name.endswith(".weight") and t.name not in encoded)
     return Selection(codec, encoded, tuple(kept), tuple(_notes(left, chosen, codec)))
 

@@ -60,10 +60,14 @@ def problem(tensor: TensorSpec, model: Model, grid: Grid, parallel: Parallel) ->
     ranks = parallel.splits(tensor)
     split = f" / {ranks}" if ranks > 1 else ""
     if tensor.row.parallel == "row":
-        if columns == 0 or columns % grid.columns:
+        if columns == 0:
+            return f"{tensor.shape[1]:,} columns cannot be split among {ranks}"
+        if columns % grid.columns:
             return f"{tensor.shape[1]:,} columns{split} are no multiple of {grid.columns}"
         return ""
-    if rows == 0 or rows % grid.rows:
+    if rows == 0:
+        return f"{tensor.shape[0]:,} rows cannot be split among {ranks}"
+    if rows % grid.rows:
         return f"{tensor.shape[0]:,} rows{split} are no multiple of {grid.rows}"
     return f"{columns:,} columns are no multiple of {grid.columns}" if columns % grid.columns else ""
 

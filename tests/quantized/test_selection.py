@@ -134,6 +134,11 @@ def test_first_and_last_layers_stay_and_the_mtp_layer_is_not_counted(models):
     assert layers == set(range(2, 89)) | {92}
 
 
+def test_a_target_in_which_nothing_would_be_quantized_is_refused(models):
+    with pytest.raises(CapacityError, match="not one weight"):
+        chosen(models[GLM], "fp8", keep=(".",))
+
+
 def test_a_wrong_expression_is_a_usage_error(models):
     with pytest.raises(UsageError, match="no regular expression"):
         chosen(models[GLM], "fp8", keep=("(",))
