@@ -169,10 +169,9 @@ def plan(src: str | Path, to: Sequence[str], dst: str | Path | None = None, *, o
         plans = plan_targets(source, targets, options)
         needed = sum(p.size for p in plans)
         if all(target.path for target in targets):
-            refuse_sources(source, _engine_targets(targets, plans))
-            needed = preflight(
-                _engine_targets(targets, plans), source_root=source.path, disk=Disk(), resume=options.resume, overwrite=options.overwrite
-            )
+            made = _engine_targets(targets, plans)
+            refuse_sources(source, made)
+            needed = preflight(made, source_root=source.path, disk=Disk(), resume=options.resume, overwrite=options.overwrite)
         return Summary(
             targets=[_described(target, p) for target, p in zip(targets, plans, strict=True)],
             bytes_read=bytes_read(source, plans),

@@ -12,6 +12,7 @@ import numpy as np
 
 from glmconv.checkpoint import Checkpoint, LazyTensor
 from glmconv.codecs import bound_of
+from glmconv.codecs.codec import bfloat16_values
 from glmconv.errors import Interrupted
 from glmconv.formats.coded import label_of
 
@@ -93,7 +94,7 @@ def compare(
         if same and not label and _repeats(b, left.name, right):
             label, same = same, ""  # a quantized copy against what it repeats, which releases leave unquantized
         if label and label != same:
-            found: Difference | Loss | None = _loss(left, right, label, max_rmse or bound_of(label))
+            found: Difference | Loss | None = _loss(left, right, label, max_rmse or bound_of(label), local.buffers)
         else:
             found = _compare_bits(left, right, local.buffers)
         if progress:
@@ -105,7 +106,7 @@ def compare(
         for number, found in zip(chosen, pool.map(bits, chosen), strict=True):
             left = pairs[number][0]
             result.tensors += 1
-            result.elements += left.nbytes // left.dtype.itemsize
+            result.elements += _elements(left)
             result.bytes += left.nbytes
             if isinstance(found, Loss):
                 result.losses.append(found)
@@ -121,16 +122,13 @@ def _elements(tensor: LazyTensor) -> int:
     return tensor.nbytes // tensor.dtype.itemsize
 
 
-def _loss(left: LazyTensor, right: LazyTensor, label: str, bound: float) -> Loss:
+def _loss(left: LazyTensor, right: LazyTensor, label: str, bound: float, buffers: tuple[bytearray, bytearray]) -> Loss:
     """Error of `right` against `left`, summed in float64 over chunks of rows. NaN on one side only counts as infinite."""
     rows = max(1, CHUNK // left.row_size)
     noise, signal, worst = 0.0, 0.0, 0.0
     for start in range(0, left.shape[0], rows):
         size = min(rows, left.shape[0] - start) * left.row_size
-        x, y = bytearray(size), bytearray(size)
-        left.read_into(start, memoryview(x))
-        right.read_into(start, memoryview(y))
-        a, b = (_floats(np.frombuffer(v, f"<u{left.dtype.itemsize}"), left.dtype.name) for v in (x, y))
+        a, b = (_floats(np.frombuffer(v, f"<u{left.dtype.itemsize}"), left.dtype.name) for v in _read(left, right, start, size, buffers))
         with np.errstate(all="ignore"):
             off = np.where(a == b, np.float32(0), np.abs(a - b))
         off[np.isnan(a) & np.isnan(b)] = 0
@@ -144,7 +142,7 @@ def _loss(left: LazyTensor, right: LazyTensor, label: str, bound: float) -> Loss
 def _floats(bits: np.ndarray, dtype: str) -> np.ndarray:
     """The values of little-endian bits, as float32 at least."""
     if dtype == "bfloat16":
-        return (bits.astype(np.uint32) << 16).view(np.float32)
+        return bfloat16_values(bits)
     values = bits.view(f"<f{bits.dtype.itemsize}")
     return values.astype(np.float32) if dtype == "float16" else values
 
@@ -183,16 +181,19 @@ def _compare_bits(left: LazyTensor, right: LazyTensor, buffers: tuple[bytearray,
     differing, worst = 0, 0.0
     for start in range(0, left.shape[0], rows):
         size = min(rows, left.shape[0] - start) * left.row_size
-        views = [_view(buffer, size) for buffer in buffers]
-        left.read_into(start, views[0])
-        right.read_into(start, views[1])
-        x, y = (np.frombuffer(view, np.uint8) for view in views)
+        x, y = (np.frombuffer(view, np.uint8) for view in _read(left, right, start, size, buffers))
         if not np.array_equal(x, y):
             count, off = _distance(x, y, left.dtype.name, left.dtype.itemsize)
             differing, worst = differing + count, max(worst, off)
-    return (
-        Difference(left.name, f"differs in {differing:,} of {left.nbytes // left.dtype.itemsize:,} elements", differing, worst) if differing else None
-    )
+    return Difference(left.name, f"differs in {differing:,} of {_elements(left):,} elements", differing, worst) if differing else None
+
+
+def _read(left: LazyTensor, right: LazyTensor, start: int, size: int, buffers: tuple[bytearray, bytearray]) -> tuple[memoryview, memoryview]:
+    """`size` bytes of both from row `start` on, in the worker's buffers."""
+    views = _view(buffers[0], size), _view(buffers[1], size)
+    left.read_into(start, views[0])
+    right.read_into(start, views[1])
+    return views
 
 
 def _view(buffer: bytearray, size: int) -> memoryview:

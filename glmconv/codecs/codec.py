@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +74,23 @@ class Codec(Protocol):
 
     def config(self, kept: Sequence[str]) -> dict[str, object]:
         """`quantization_config`, `kept` being the full paths of the linear modules that are not encoded."""
+
+
+C = TypeVar("C", bound=Codec)
+
+
+@dataclass(frozen=True)
+class WeightEncoder(Generic[C]):
+    """What every encoder knows: its codec, the weight's shape and the dtype of its rows."""
+
+    codec: C
+    shape: tuple[int, int]
+    dtype: DType
+    strict: bool = True
+
+    @property
+    def id(self) -> str:
+        return f"{self.codec.name} of {self.dtype}"
 
 
 class PartReader(Protocol):

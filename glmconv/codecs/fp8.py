@@ -14,7 +14,21 @@ from typing import Literal
 
 import numpy as np
 
-from glmconv.codecs.codec import NUMPY, Array, Codec, Found, Grid, Part, PartReader, checked_scales, raw, read_rows, refuse_code, values
+from glmconv.codecs.codec import (
+    NUMPY,
+    Array,
+    Codec,
+    Found,
+    Grid,
+    Part,
+    PartReader,
+    WeightEncoder,
+    checked_scales,
+    raw,
+    read_rows,
+    refuse_code,
+    values,
+)
 from glmconv.codecs.codec import bfloat16_values as widened
 from glmconv.dtypes import BY_NAME, DType
 from glmconv.encoding import Encoder
@@ -107,17 +121,8 @@ def compressed_tensors(form: str, weights: object, activations: object, kept: Se
 
 
 @dataclass(frozen=True)
-class Fp8Encoder:
+class Fp8Encoder(WeightEncoder[Fp8]):
     """One weight on its way to codes and scales. The codes go out as they are made, the scales are held until the last row is."""
-
-    codec: Fp8
-    shape: tuple[int, int]
-    dtype: DType
-    strict: bool = True
-
-    @property
-    def id(self) -> str:
-        return f"{self.codec.name} of {self.dtype}"
 
     @property
     def unit(self) -> int:

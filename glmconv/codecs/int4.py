@@ -20,7 +20,7 @@ from typing import Protocol
 
 import numpy as np
 
-from glmconv.codecs.codec import NUMPY, Array, Codec, Found, Grid, Part, PartReader, checked_scales, raw, read_rows, values
+from glmconv.codecs.codec import NUMPY, Array, Codec, Found, Grid, Part, PartReader, WeightEncoder, checked_scales, raw, read_rows, values
 from glmconv.codecs.fp8 import compressed_tensors
 from glmconv.dtypes import BY_NAME, DType
 from glmconv.encoding import Encoder
@@ -105,19 +105,11 @@ def _would_do(fits: Sequence[int]) -> str:
 
 
 @dataclass(frozen=True)
-class PackedEncoder:
+class PackedEncoder(WeightEncoder[Int4]):
     """Rows to `pack-quantized`: the codes go out as they are made."""
 
-    codec: Int4
-    shape: tuple[int, int]
-    dtype: DType
-    strict: bool = True
     unit: int = PACK
     looks: bool = False
-
-    @property
-    def id(self) -> str:
-        return f"{self.codec.name} of {self.dtype}"
 
     @property
     def row_bytes(self) -> int:
@@ -159,20 +151,12 @@ class PackedEncoding:
 
 
 @dataclass(frozen=True)
-class AwqEncoder:
+class AwqEncoder(WeightEncoder[Int4]):
     """Rows to AutoAWQ's layout, which lies the other way round: all of a tensor's codes are held until its last row."""
 
-    codec: Int4
-    shape: tuple[int, int]
-    dtype: DType
-    strict: bool = True
     unit: int = PACK
     looks: bool = False
     row_bytes: int = 0
-
-    @property
-    def id(self) -> str:
-        return f"{self.codec.name} of {self.dtype}"
 
     def begin(self, lend: Callable[[int], memoryview]) -> AwqEncoding:
         parts = self.codec.parts(self.shape, self.dtype)

@@ -11,50 +11,44 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from transformers import CompressedTensorsConfig, FineGrainedFP8Config
 
 from glmconv import convert, open_checkpoint
-from tests.quantized.models import as_torch, logits, parts_of, saved_model, tensors_of
+from tests.quantized.models import as_torch, logits, parts_of, tensors_of
 
 DEQUANTIZED = ("fp8", "fp8:ue8m0", "fp8:cuda-compat")
 COMPRESSED = ("fp8:channel", "fp8:tensor", "mxfp8", "int4:g32", "int4:g64", "int4:g32:asym", "int4:g128:asym")
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return saved_model(tmp_path_factory.mktemp("models") / "source")
-
-
-@pytest.fixture(scope="module")
-def made(source, tmp_path_factory):
-    """`made(target)`: the conversion and what it is dequantized to, each made once."""
-    root = tmp_path_factory.mktemp("made")
+def both(made, tmp_path_factory):
+    """`both(target)`: the conversion, and what it is dequantized to."""
+    root = tmp_path_factory.mktemp("plain")
 
     def make(target):
-        quantized, plain = root / target.replace(":", "-"), root / f"{target.replace(':', '-')}-plain"
+        plain = root / target.replace(":", "-")
         if not plain.exists():
-            convert(source, {target: quantized})
-            convert(quantized, {"hf": plain})
-        return quantized, plain
+            convert(made(target), {"hf": plain})
+        return made(target), plain
 
     return make
 
 
 @pytest.mark.parametrize("target", DEQUANTIZED)
-def test_transformers_dequantizes_blocks_to_our_logits(target, made):
-    quantized, plain = made(target)
+def test_transformers_dequantizes_blocks_to_our_logits(target, both):
+    quantized, plain = both(target)
     wanted = logits(plain, dtype=torch.bfloat16)
     assert torch.equal(logits(quantized, dtype=torch.bfloat16, quantization_config=FineGrainedFP8Config(dequantize=True)), wanted)
     assert torch.equal(logits(quantized, dtype=torch.bfloat16), wanted), "without a GPU it dequantizes by itself"
 
 
 @pytest.mark.parametrize("target", ["fp8:channel", "int4:g32"])
-def test_transformers_decompresses_compressed_tensors_to_our_logits(target, made):
-    quantized, plain = made(target)
+def test_transformers_decompresses_compressed_tensors_to_our_logits(target, both):
+    quantized, plain = both(target)
     found = logits(quantized, dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(dequantize=True))
     assert torch.equal(found, logits(plain, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("target", COMPRESSED)
-def test_compressed_tensors_decompresses_each_tensor_to_our_bits(target, made):
-    quantized, _ = made(target)
+def test_compressed_tensors_decompresses_each_tensor_to_our_bits(target, both):
+    quantized, _ = both(target)
     config = QuantizationConfig.model_validate(json.loads((quantized / "config.json").read_text())["quantization_config"])
     (scheme,) = config.config_groups.values()
     assert isinstance(scheme, QuantizationScheme)
@@ -73,8 +67,8 @@ def test_compressed_tensors_decompresses_each_tensor_to_our_bits(target, made):
     assert checked == 3 * 4 + 3 + 2 * (1 + 16) * 3
 
 
-def test_the_model_still_says_about_the_same(source, made):
+def test_the_model_still_says_about_the_same(source, both):
     wanted = logits(source, dtype=torch.bfloat16)
     spread = wanted.std()
     for target, limit in (("fp8", 0.15), ("fp8:channel", 0.15), ("int4:g32", 0.6)):
-        assert (logits(made(target)[1], dtype=torch.bfloat16) - wanted).std() < limit * spread
+        assert (logits(both(target)[1], dtype=torch.bfloat16) - wanted).std() < limit * spread

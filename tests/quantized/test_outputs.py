@@ -21,30 +21,12 @@ from glmconv.archs.spec import Role
 from glmconv.check.verify import verify_same
 from glmconv.errors import Interrupted
 from glmconv.toy.build import ToyOptions
-from tests.quantized.models import as_torch, parts_of, relative_rmse, saved_model, tensors_of
+from tests.quantized.models import as_torch, parts_of, relative_rmse, tensors_of
 from tests.roundtrip.shards import INDEX, MANIFEST, contents
 
 TARGETS = ("fp8", "fp8:ue8m0", "fp8:channel", "fp8:tensor", "mxfp8", "awq:g32", "int4:g32", "int4:g64:asym")
 TOY = ToyOptions(layers=4, experts=16, scale=Fraction(1, 16), file_size=2_000_000)
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return saved_model(tmp_path_factory.mktemp("models") / "source")
-
-
-@pytest.fixture(scope="module")
-def made(source, tmp_path_factory):
-    root = tmp_path_factory.mktemp("made")
-
-    def make(target: str) -> Path:
-        path = root / target.replace(":", "-")
-        if not path.exists():
-            convert(source, {target: path})
-        return path
-
-    return make
 
 
 def config_of(folder: Path) -> dict[str, object]:

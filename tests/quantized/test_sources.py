@@ -13,29 +13,11 @@ import torch
 
 from glmconv import Options, convert, open_checkpoint, verify
 from glmconv.check.verify import verify_same
-from tests.quantized.models import as_torch, parts_of, relative_rmse, saved_model, tensors_of
+from tests.quantized.models import as_torch, parts_of, relative_rmse, tensors_of
 from tests.roundtrip.shards import MANIFEST, Stored, copied, marks, reindexed, release, save
 
 NAME = "model.layers.1.mlp.experts.3.gate_proj.weight"
 BASE = NAME.removesuffix(".weight")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return saved_model(tmp_path_factory.mktemp("models") / "source")
-
-
-@pytest.fixture(scope="module")
-def made(source, tmp_path_factory):
-    root = tmp_path_factory.mktemp("made")
-
-    def make(target: str) -> Path:
-        path = root / target.replace(":", "-")
-        if not path.exists():
-            convert(source, {target: path})
-        return path
-
-    return make
 
 
 def rewritten(folder: Path, target: Path, change: Callable[[dict[str, Stored]], None], **config: object) -> Path:
