@@ -17,6 +17,7 @@ from glmconv.formats import FORMATS
 from glmconv.formats.binding import refuse
 from glmconv.formats.coded import derived
 from glmconv.formats.format import FILE_PREFIX, Format, Opened, OpenOptions, RowReader, row_size
+from glmconv.formats.graft import grafted
 
 if TYPE_CHECKING:
     import torch
@@ -119,17 +120,26 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(path: str | Path, *, mtp: bool = True, origin: str | Path | None = None, strict: bool = True) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, *, mtp: bool = True, origin: str | Path | None = None, strict: bool = True, dialect: str = "auto",
+    mtp_from: str | Path | None = None,
+) -> Checkpoint:  # fmt: skip
     """Open a folder, or a Hub repository, of any known format.
 
-    mtp False leaves the MTP layers out; `origin` is the Hugging Face release of a torch_dist checkpoint that a trainer saved; `strict` False
-    keeps missing, unexpected and wrong tensors in `opened` instead of raising for them.
+    mtp False leaves the MTP layers out, `mtp_from` takes them from another checkpoint; `origin` is the Hugging Face release of a torch_dist
+    checkpoint that a trainer saved, `dialect` the trainer's, where its tensors do not tell. `strict` False keeps missing, unexpected and wrong
+    tensors in `opened` instead of raising for them.
     Raises SourceError (broken, incomplete, hostile) or UnsupportedError (a format or architecture that is not known).
     """
     place = resolve(path)
     with looked_at(place):
         form = detected(place)
-    opened = form.open(place, OpenOptions(mtp, None if origin is None else resolve(origin, weights=False)))
+    options = OpenOptions(mtp and mtp_from is None, None if origin is None else resolve(origin, weights=False), dialect)
+    opened = form.open(place, options)
+    if mtp_from is not None:
+        if not mtp:
+            raise UsageError("--mtp drop and --mtp-from do not go together.")
+        opened = grafted(opened, open_checkpoint(mtp_from).opened)
     if strict:
         refuse(place, opened.missing, opened.unexpected, opened.wrong, opened.model)
         if opened.missing or opened.unexpected or opened.wrong:

@@ -34,6 +34,9 @@ COMPILED = 128 << 20  # numba and its compiled loops, seen at 105 MB
 class Options:
     """What a conversion may be told. `file_size` in bytes; `max_memory` in bytes of resident memory; `mtp` False drops the MTP layers.
 
+    `megatron_dialect` is the trainer whose names and row orders a torch_dist target is written in, `source_dialect` the one of the source, where its
+    tensors do not tell; `mtp_from` is a checkpoint to take the MTP layers from.
+
     For quantized targets: `keep` are regular expressions of tensors to leave as they are, `first_layers_bf16` and `last_layers_bf16` whole
     layers; `ragged` "quantize" encodes even what no serving engine loads; `serve_tp`, `serve_ep` are the ranks it is to be served on;
     `nonfinite` "keep" encodes NaN and Inf too instead of refusing them.
@@ -46,6 +49,9 @@ class Options:
     iteration: int | None = None
     mtp: bool = True
     origin: str | None = None
+    megatron_dialect: str = "auto"
+    source_dialect: str = "auto"
+    mtp_from: str | None = None
     resume: bool = True
     resume_check: str = "full"
     overwrite: bool = False
@@ -65,7 +71,10 @@ class Options:
         )  # fmt: skip
 
     def layout(self, target: TargetSpec) -> LayoutOptions:
-        return LayoutOptions(self.file_size, self.chunk_size, self.iteration, self.mtp, codec=target.codec, quant=self.quant)
+        return LayoutOptions(self.file_size, self.chunk_size, self.iteration, self.mtp, self.megatron_dialect, codec=target.codec, quant=self.quant)
+
+    def open(self, src: str | Path) -> Checkpoint:
+        return open_checkpoint(src, mtp=self.mtp, origin=self.origin, dialect=self.source_dialect, mtp_from=self.mtp_from)
 
 
 def options_of(chosen: Mapping[str, object]) -> Options:
@@ -130,6 +139,8 @@ def plan_targets(source: Checkpoint, targets: Sequence[TargetSpec], options: Opt
     """One plan a target: every file of the output, before one weight is read."""
     if options.iteration is not None and all(target.format != "torch_dist" for target in targets):
         raise UsageError("--iteration is a torch_dist checkpoint's; no target is one.")
+    if options.megatron_dialect != "auto" and all(target.format != "torch_dist" for target in targets):
+        raise UsageError("--megatron-dialect is a torch_dist target's; no target is one.", hint="A source's is --source-dialect.")
     return [FORMATS[target.format].plan(source.opened, options.layout(target)) for target in targets]
 
 
@@ -165,7 +176,7 @@ def plan(src: str | Path, to: Sequence[str], dst: str | Path | None = None, *, o
     """Plan a conversion without writing anything. Raises as `convert` does for a source that is not in order."""
     options = options or Options()
     targets = parse_targets(to, None if dst is None else Path(dst), need_path=False)
-    with open_checkpoint(src, mtp=options.mtp, origin=options.origin) as source:
+    with options.open(src) as source:
         plans = plan_targets(source, targets, options)
         needed = sum(p.size for p in plans)
         if all(target.path for target in targets):
@@ -243,7 +254,7 @@ def convert(
     specs = [parse_target(to, Path(path)) for to, path in targets.items()] if isinstance(targets, Mapping) else list(targets)
     if not specs or any(spec.path is None for spec in specs):
         raise UsageError("every target needs a folder.")
-    with open_checkpoint(src, mtp=options.mtp, origin=options.origin) as source:
+    with options.open(src) as source:
         plans = plan_targets(source, specs, options)
         made = _engine_targets(specs, plans)
         refuse_sources(source, made)

@@ -13,10 +13,14 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's client is imported: no test may reach out
 
 from glmconv import convert
+from glmconv.archs import SPECS, preset_named
 from glmconv.cli import run
 from glmconv.toy.build import ToyOptions, build
 
+ONE_OF_EACH = (*tuple(spec.presets[0].name for spec in SPECS.values() if spec.model_type != "glm_moe_dsa"), "glm5.2-744B-A40B")
+IN_MEGATRON = tuple(name for name in ONE_OF_EACH if preset_named(name)[0].dialects)
 TINY = ToyOptions(layers=2, experts=4, scale=Fraction(1, 64), file_size=200_000)
+EACH = ToyOptions(layers=4, experts=4, scale=Fraction(1, 64), file_size=300_000)  # every kind of layer of every architecture
 SMALL = ToyOptions(layers=4, experts=16, scale=Fraction(1, 32), file_size=2_000_000)
 
 

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from glmconv.archs import glm4_moe
-from glmconv.archs.model import Model, TensorSpec, bind
+from glmconv.archs import glm4, glm4_moe, glm4_moe_lite, glm4v_moe, glm5_next, glm_moe_dsa
+from glmconv.archs.model import Model, TensorSpec, bind, field_of, text_of
 from glmconv.archs.spec import ArchSpec, Preset, Role
 from glmconv.errors import UnsupportedError, UsageError
 
-SPECS = {spec.model_type: spec for spec in (glm4_moe.SPEC,)}
+MODULES = (glm4_moe, glm_moe_dsa, glm4_moe_lite, glm4, glm4v_moe, glm5_next)
+SPECS: dict[str, ArchSpec] = {spec.model_type: spec for spec in (module.SPEC for module in MODULES)}
 SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "n_routed_experts", "max_position_embeddings", "intermediate_size", "vocab_size")
 
-__all__ = ["SPECS", "ArchSpec", "Model", "Preset", "Role", "TensorSpec", "bind", "preset_named", "preset_of", "presets", "spec_for"]
+__all__ = [
+    "SPECS",
+    "ArchSpec",
+    "Model",
+    "Preset",
+    "Role",
+    "TensorSpec",
+    "bind",
+    "field_of",
+    "preset_named",
+    "preset_of",
+    "presets",
+    "spec_for",
+    "text_of",
+]
 
 
 def spec_for(config: Mapping[str, object], file: object = "config.json") -> ArchSpec:
@@ -38,7 +53,8 @@ def preset_named(name: str) -> tuple[ArchSpec, Preset]:
 def preset_of(config: Mapping[str, object]) -> Preset | None:
     """The released model whose sizes this config has; the first of several releases that share them."""
     for spec, preset in presets():
-        same = all(config.get(field) == preset.config.get(field) for field in SIZE_FIELDS)
-        if same and config.get("model_type") == spec.model_type:
-            return preset
+        if config.get("model_type") == spec.model_type:
+            ours, theirs = text_of(spec, config), text_of(spec, preset.config)
+            if all(ours.get(field) == theirs.get(field) for field in SIZE_FIELDS):
+                return preset
     return None

@@ -6,9 +6,8 @@ for the Megatron names (docs/torch_dist.md), llama.cpp's `glm4moe` for GGUF.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from glmconv.archs.spec import ArchSpec, Place, Preset, Role, Row, Rule, Scope, Size, Sizes, record, sizes
+from glmconv.archs import schedules
+from glmconv.archs.spec import ArchSpec, Layers, Place, Preset, Role, Row, Rule, Scope, Size, Sizes, record, sizes
 
 hidden, heads, groups, head_dim, vocab = sizes("hidden heads groups head_dim vocab")
 ffn, experts, moe_ffn, shared, shared_ffn = sizes("ffn experts moe_ffn shared shared_ffn")
@@ -40,10 +39,10 @@ MODEL = (
     Row("lm_head.weight",            (vocab, hidden), Role.HEAD,      "output_layer.weight",              "output.weight"),
 )
 ATTENTION = (
-    Row("input_layernorm.weight",  (hidden,),                  NORM,   "self_attention.linear_qkv.layer_norm_weight", "attn_norm.weight"),
-    Row("self_attn.q_proj.weight", (heads * head_dim, hidden),  LINEAR, qkv.q,      "attn_q.weight"),
-    Row("self_attn.k_proj.weight", (groups * head_dim, hidden), LINEAR, qkv.k,      "attn_k.weight"),
-    Row("self_attn.v_proj.weight", (groups * head_dim, hidden), LINEAR, qkv.v,      "attn_v.weight"),
+    Row("input_layernorm.weight",  (hidden,),                   NORM,   "self_attention.linear_qkv.layer_norm_weight", "attn_norm.weight"),
+    Row("self_attn.q_proj.weight", (heads * head_dim, hidden),  LINEAR, qkv.q, "attn_q.weight", fused="qkv_proj"),
+    Row("self_attn.k_proj.weight", (groups * head_dim, hidden), LINEAR, qkv.k, "attn_k.weight", fused="qkv_proj", parallel="kv"),
+    Row("self_attn.v_proj.weight", (groups * head_dim, hidden), LINEAR, qkv.v, "attn_v.weight", fused="qkv_proj", parallel="kv"),
     Row("self_attn.q_proj.bias",   (heads * head_dim,),         BIAS,   qkv_bias.q, "attn_q.bias", when=has_bias),
     Row("self_attn.k_proj.bias",   (groups * head_dim,),        BIAS,   qkv_bias.k, "attn_k.bias", when=has_bias),
     Row("self_attn.v_proj.bias",   (groups * head_dim,),        BIAS,   qkv_bias.v, "attn_v.bias", when=has_bias),
@@ -60,8 +59,8 @@ def post_norm(megatron: Place, gguf: str) -> tuple[Row, ...]:
 
 FUSED_NORM, MOE_NORM = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
 DENSE = (
-    Row("mlp.gate_proj.weight", (ffn, hidden), LINEAR, fc1.gate,                "ffn_gate.weight"),
-    Row("mlp.up_proj.weight",   (ffn, hidden), LINEAR, fc1.up,                  "ffn_up.weight"),
+    Row("mlp.gate_proj.weight", (ffn, hidden), LINEAR, fc1.gate,                "ffn_gate.weight", fused="mlp.gate_up_proj"),
+    Row("mlp.up_proj.weight",   (ffn, hidden), LINEAR, fc1.up,                  "ffn_up.weight",   fused="mlp.gate_up_proj"),
     Row("mlp.down_proj.weight", (hidden, ffn), LINEAR, "mlp.linear_fc2.weight", "ffn_down.weight", parallel="row"),
 )
 MOE = (
@@ -70,9 +69,9 @@ MOE = (
     Row("mlp.experts.{expert}.gate_proj.weight", (moe_ffn, hidden), EXPERT, experts_fc1.gate,         stacked["gate"].gate),
     Row("mlp.experts.{expert}.up_proj.weight",   (moe_ffn, hidden), EXPERT, experts_fc1.up,           stacked["up"].up),
     Row("mlp.experts.{expert}.down_proj.weight", (hidden, moe_ffn), EXPERT, experts_fc2.down,         stacked["down"].down, parallel="row"),
-    Row("mlp.shared_experts.gate_proj.weight", (shared_ffn, hidden), LINEAR, shared_fc1.gate, "ffn_gate_shexp.weight"),
-    Row("mlp.shared_experts.up_proj.weight",   (shared_ffn, hidden), LINEAR, shared_fc1.up,   "ffn_up_shexp.weight"),
-    Row("mlp.shared_experts.down_proj.weight", (hidden, shared_ffn), LINEAR, shared_fc2, "ffn_down_shexp.weight", parallel="row"),
+    Row("mlp.shared_experts.gate_proj.weight", (shared_ffn, hidden), LINEAR, shared_fc1.gate, "ffn_gate_shexp.weight", fused="mlp.shared_experts"),
+    Row("mlp.shared_experts.up_proj.weight",   (shared_ffn, hidden), LINEAR, shared_fc1.up,   "ffn_up_shexp.weight",   fused="mlp.shared_experts"),
+    Row("mlp.shared_experts.down_proj.weight", (hidden, shared_ffn), LINEAR, shared_fc2,      "ffn_down_shexp.weight", parallel="row"),
 )
 MTP = (
     Row("eh_proj.weight",          (hidden, 2 * hidden), Role.HEAD, "eh_proj.weight",         "nextn.eh_proj.weight"),
@@ -87,21 +86,11 @@ MTP_ALIASES = (  # GLM-4.5 and Air ship them, 4.6 and later do not; Megatron tie
 # fmt: on
 
 
-def dense(s: Sizes) -> Sequence[int]:
-    return range(s["first_dense"])
-
-
-def sparse(s: Sizes) -> Sequence[int]:
-    return range(s["first_dense"], s["layers"])
-
-
-def mtp(s: Sizes) -> Sequence[int]:
-    return range(s["layers"], s["layers"] + s["mtp"])
-
-
 LAYER, DECODER, BLOCK = "model.layers.{layer}.", "decoder.layers.{layer}.", "blk.{layer}."
 MTP_LAYER, MTP_DECODER = "mtp.layers.{mtp}.", "mtp.layers.{mtp}.transformer_layer."
+DENSE_LAYER = ATTENTION + post_norm(FUSED_NORM, "post_attention_norm.weight") + DENSE
 SPARSE_LAYER = ATTENTION + post_norm(MOE_NORM, "post_attention_norm.weight") + MOE
+LAYERS: dict[str, Layers] = dict(dense=schedules.leading, sparse=schedules.others(schedules.leading), mtp=schedules.mtp)
 
 GLM_4_5: dict[str, object] = dict(
     architectures=["Glm4MoeForCausalLM"], attention_bias=True, attention_dropout=0.0, eos_token_id=[151329, 151336, 151338], first_k_dense_replace=3,
@@ -118,39 +107,47 @@ AIR = GLM_4_5 | dict(
 GLM_4_6 = GLM_4_5 | dict(max_position_embeddings=202752)
 GLM_4_7 = GLM_4_6 | dict(transformers_version="5.0.0rc0")
 
+CONFIG = dict(
+    hidden="hidden_size",
+    layers="num_hidden_layers",
+    heads="num_attention_heads",
+    groups="num_key_value_heads",
+    head_dim="head_dim=hidden//heads",
+    vocab="vocab_size",
+    ffn="intermediate_size",
+    experts="n_routed_experts",
+    top_k="num_experts_per_tok",
+    moe_ffn="moe_intermediate_size",
+    shared="n_shared_experts",
+    first_dense="first_k_dense_replace",
+    mtp="num_nextn_predict_layers=0",
+    attention_bias="attention_bias=0",
+    use_qk_norm="use_qk_norm=0",
+)
+MOE_RULES = (
+    Rule("num_experts_per_tok is at most n_routed_experts", lambda s: s["top_k"] <= s["experts"]),
+    Rule("first_k_dense_replace is at most num_hidden_layers", lambda s: s["first_dense"] <= s["layers"]),
+)
+RULES = (
+    Rule("num_attention_heads is a multiple of num_key_value_heads", lambda s: s["heads"] % s["groups"] == 0),
+    Rule("attention_bias and use_qk_norm are true or false", lambda s: s["attention_bias"] <= 1 and s["use_qk_norm"] <= 1),
+    *MOE_RULES,
+)
+
 SPEC = ArchSpec(
     model_type="glm4_moe",
     title="GLM-4.5, 4.5-Air, 4.6, 4.7",
-    config=dict(
-        hidden="hidden_size",
-        layers="num_hidden_layers",
-        heads="num_attention_heads",
-        groups="num_key_value_heads",
-        head_dim="head_dim=hidden//heads",
-        vocab="vocab_size",
-        ffn="intermediate_size",
-        experts="n_routed_experts",
-        top_k="num_experts_per_tok",
-        moe_ffn="moe_intermediate_size",
-        shared="n_shared_experts",
-        first_dense="first_k_dense_replace",
-        mtp="num_nextn_predict_layers=0",
-        attention_bias="attention_bias=0",
-        use_qk_norm="use_qk_norm=0",
-    ),
+    config=CONFIG,
     derived=dict(shared_ffn=moe_ffn * shared),
-    rules=(
-        Rule("num_attention_heads is a multiple of num_key_value_heads", lambda s: s["heads"] % s["groups"] == 0),
-        Rule("num_experts_per_tok is at most n_routed_experts", lambda s: s["top_k"] <= s["experts"]),
-        Rule("first_k_dense_replace is at most num_hidden_layers", lambda s: s["first_dense"] <= s["layers"]),
-        Rule("attention_bias and use_qk_norm are true or false", lambda s: s["attention_bias"] <= 1 and s["use_qk_norm"] <= 1),
-    ),
+    rules=RULES,
+    layers=LAYERS,
+    optional=("mtp",),
     scopes=(
         Scope(MODEL, title="model"),
-        Scope(ATTENTION + post_norm(FUSED_NORM, "post_attention_norm.weight") + DENSE, LAYER, DECODER, BLOCK, dense, title="dense layers"),
-        Scope(SPARSE_LAYER, LAYER, DECODER, BLOCK, sparse, title="MoE layers"),
-        Scope(SPARSE_LAYER, LAYER, MTP_DECODER, BLOCK, mtp, title="MTP layers", mtp=True),
-        Scope(MTP + MTP_ALIASES, LAYER, MTP_LAYER, BLOCK, mtp, title="MTP heads", mtp=True),
+        Scope(DENSE_LAYER, LAYER, DECODER, BLOCK, "dense", title="dense layers"),
+        Scope(SPARSE_LAYER, LAYER, DECODER, BLOCK, "sparse", title="MoE layers"),
+        Scope(SPARSE_LAYER, LAYER, MTP_DECODER, BLOCK, "mtp", title="MTP layers", mtp=True),
+        Scope(MTP + MTP_ALIASES, LAYER, MTP_LAYER, BLOCK, "mtp", title="MTP heads", mtp=True),
     ),
     presets=(
         Preset("glm4.5-355B-A32B", "zai-org/GLM-4.5", GLM_4_5, aliases=True, tensors=44691, mtp_tensors=502),

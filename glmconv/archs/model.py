@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from glmconv.archs.spec import ArchSpec, Index, Move, Role, Row, Scope, Sizes, moves
 from glmconv.errors import SourceError
 
-LIMITS = {"layers": 1024, "mtp": 64, "experts": 4096}  # every other size: 2**24
+LIMITS = {"layers": 1024, "v_depth": 1024, "mtp": 64, "experts": 4096}  # every other size: 2**24
 LARGEST = 2**24
 
 
@@ -23,6 +23,11 @@ class TensorSpec:
     row: Row
     scope: Scope
     index: Index
+
+    @property
+    def in_layers(self) -> bool:
+        """Whether it lies in one of the decoder's layers (or an MTP layer, which follows them)."""
+        return "{layer}" in self.scope.name
 
     @property
     def role(self) -> Role:
@@ -50,30 +55,38 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Model:
-    """A spec and the sizes that one config gives it. `aliases`: whether the copies that some releases carry are among its tensors."""
+    """A spec and the sizes and sets of layers that one config gives it.
+
+    `aliases`: whether the copies that some releases carry are among its tensors.
+    """
 
     spec: ArchSpec
     sizes: Sizes
+    layers: Mapping[str, tuple[int, ...]]
     aliases: bool = False
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorSpec]:
         """Every canonical tensor in the spec's order: model, layers, MTP layers."""
         found: dict[str, TensorSpec] = {}
-        for tensor in sorted(self._tensors(), key=lambda t: t.index["layer"] if "{layer}" in t.scope.name else -1):
+        for tensor in sorted(self._tensors(), key=lambda t: t.index["layer"] if t.in_layers else -1):
             if tensor.name in found:
                 raise AssertionError(f"{self.spec.model_type}: {tensor.name} is in the table twice")
             found[tensor.name] = tensor
         return found
 
+    def names_of(self, layers: str) -> list[str]:
+        """The canonical tensors of a set of layers, copies left out."""
+        return [name for name, tensor in self.tensors.items() if tensor.scope.layers == layers and not tensor.alias]
+
     def _tensors(self) -> Iterator[TensorSpec]:
         s = self.sizes
         for scope in self.spec.scopes:
             rows = [(row, tuple(n.of(s) for n in row.shape)) for row in scope.rows if row.when(s) and (self.aliases or not row.alias)]
-            for n, layer in enumerate(scope.layers(s)):
+            for layer in self.layers[scope.layers] if scope.layers else (0,):
                 for row, shape in rows:
                     for expert in range(s["experts"]) if "{expert}" in row.name else (0,):
-                        index = {"layer": layer, "mtp": n, "expert": expert}
+                        index = {"layer": layer, "block": layer, "mtp": layer - s.get("layers", 0) if scope.mtp else 0, "expert": expert}
                         yield TensorSpec((scope.name + row.name).format(**index), shape, row.dtype, row, scope, index)
 
     def megatron(self, tensor: TensorSpec, dialect: str) -> Iterator[Move]:
@@ -93,11 +106,24 @@ def field_of(config: Mapping[str, object], path: str) -> object:
     return value
 
 
-def bind(spec: ArchSpec, config: Mapping[str, object], *, aliases: bool = False, mtp: bool = True, file: object = "config.json") -> Model:
-    """The spec's sizes from a config.json. SourceError names the field that is absent, no whole number, out of its limits or contradictory."""
+def text_of(spec: ArchSpec, config: Mapping[str, object]) -> Mapping[str, object]:
+    """The language model's own config: the whole, or the part of it that the spec names."""
+    inner = config.get(spec.text) if spec.text else config
+    return inner if isinstance(inner, Mapping) else {}
+
+
+def bind(
+    spec: ArchSpec, config: Mapping[str, object], *, aliases: bool = False, mtp: bool = True, without: Collection[str] = (),
+    file: object = "config.json",
+) -> Model:  # fmt: skip
+    """The spec's sizes from a config.json. SourceError names the field that is absent, no whole number, out of its limits or contradictory.
+
+    `mtp` False leaves the MTP layers out, `without` the sets of layers of these names.
+    """
     s: dict[str, int] = {}
     for size, source in spec.config.items():
-        path, _, default = source.partition("=")
+        paths, _, default = source.partition("=")
+        path = next((path for path in paths.split("|") if field_of(config, path) is not None), paths.partition("|")[0])
         value = field_of(config, path)
         if value is None and default:
             whole, _, part = default.partition("//")
@@ -109,7 +135,13 @@ def bind(spec: ArchSpec, config: Mapping[str, object], *, aliases: bool = False,
     for rule in spec.rules:
         if not rule.holds(s):
             raise SourceError(f"does not hold: {rule.text}.", file=file, hint="Is this config.json complete and of this model?")
-    return Model(spec, s, aliases)
+    layers: dict[str, tuple[int, ...]] = {}
+    for name, of in spec.layers.items():
+        try:
+            layers[name] = () if name in without else tuple(of(s, lambda path: field_of(config, path)))
+        except ValueError as error:
+            raise SourceError(f"{error}.", file=file, hint="Is this config.json complete and of this model?") from None
+    return Model(spec, s, layers, aliases)
 
 
 def _whole(value: object, field: str, highest: int, lowest: int, file: object) -> int:

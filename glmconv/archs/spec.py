@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 Sizes = Mapping[str, int]
+Fields = Callable[[str], object]  # a config field by its dotted path; None if it is not there
+Layers = Callable[[Sizes, Fields], Sequence[int]]  # which layers; ValueError for a config's list that makes no sense
 Index = Mapping[str, int]  # which layer, expert and MTP layer a tensor belongs to
 
 
@@ -50,6 +52,11 @@ def sizes(names: str) -> list[Size]:
     return [_named(name) for name in names.split()]
 
 
+def number(value: int) -> Size:
+    """A size that no config decides."""
+    return Size(str(value), lambda s: value)
+
+
 class Role(Enum):
     """What a tensor is for; decides which encodings may touch it."""
 
@@ -60,6 +67,9 @@ class Role(Enum):
     ROUTER = "router"
     NORM = "norm"
     BIAS = "bias"
+    PLAIN = "plain"  # a linear module that no release quantizes: small gates, linear attention
+    VISION = "vision"  # a linear module of the vision tower; stays as it is
+    PARAMETER = "parameter"  # a bare parameter or a convolution
 
 
 @dataclass(frozen=True)
@@ -146,23 +156,30 @@ def always(s: Sizes) -> bool:
     return True
 
 
-def once(s: Sizes) -> Sequence[int]:
-    return range(1)
-
-
 @dataclass(frozen=True)
 class Row:
-    """One family of tensors: its canonical (Hugging Face) name, shape and role, and its place in every other format."""
+    """One family of tensors: its canonical (Hugging Face) name, shape and role, and its place in every other format.
+
+    `megatron` may be a mapping by dialect; None there and in `gguf`: not stored in that format.
+    `dtype` is empty for the model's own. A row that is `loose` may also be of the model's dtype, and stays as the source has it.
+    `alias` is the canonical tensor that this one repeats; releases may leave it out.
+    `parallel` is how tensor parallelism splits a linear weight: its rows ("column"), its rows of KV heads, which are repeated where there are fewer
+    than ranks ("kv"), its columns ("row"), or not at all ("none"). `fused` is the module that serving engines make of it and its partners, which
+    must have one form; `stacked` is how many of the fused parts lie in this one weight already, one below the other.
+    """
 
     name: str
     shape: tuple[Size, ...]
     role: Role
-    megatron: Place | Mapping[str, Place] | None = None  # a mapping is by dialect; None: not stored there
+    megatron: Place | Mapping[str, Place] | None = None
     gguf: Place | None = None
     when: Callable[[Sizes], bool] = always
-    dtype: str = ""  # empty: the model's
-    alias: str = ""  # the canonical tensor that this one repeats; releases may leave it out
-    parallel: str = "column"  # how tensor parallelism splits a linear weight: its rows ("column"), its columns ("row"), or not at all ("none")
+    dtype: str = ""
+    loose: bool = False
+    alias: str = ""
+    parallel: str = "column"
+    fused: str = ""
+    stacked: int = 1
 
     def megatron_place(self, dialect: str) -> Place | None:
         return self.megatron[dialect] if isinstance(self.megatron, Mapping) else self.megatron
@@ -170,13 +187,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Scope:
-    """Rows that share a prefix in each format, repeated for the layers that `layers` names."""
+    """Rows that share a prefix in each format, once (`layers` empty) or in every layer of the spec's set of this name.
+
+    `{layer}` in a prefix is the layer's number, `{block}` that of a vision block, `{mtp}` counts MTP layers from 0.
+    """
 
     rows: tuple[Row, ...]
     name: str = ""
     megatron: str = ""
     gguf: str = ""
-    layers: Callable[[Sizes], Sequence[int]] = once
+    layers: str = ""
     title: str = ""
     mtp: bool = False
 
@@ -202,18 +222,34 @@ class Preset:
     mtp_tensors: int = 0
 
 
+ONE_LAYOUT = dict.fromkeys(("slime", "miles", "mcore", "bridge"), "te")
+
+
 @dataclass(frozen=True)
 class ArchSpec:
-    """One architecture as a table. `config` binds each size to a config.json field.
+    """One architecture as a table. `config` binds each size to a config.json field, by its dotted path.
 
-    "field=default" where it may be absent: a number, or a quotient of two sizes before it ("hidden//heads").
+    "field=default" where it may be absent: a number, or a quotient of two sizes before it ("hidden//heads"); "a|b" where it has two names.
+    `layers` are the sets of layers that scopes name; those in `optional` may be absent from a checkpoint as a whole. `text` is the field that holds
+    the language model's own config.
+    `dialects`: the name that a user gives a project's Megatron naming -> its key in the rows' cells, the first being what "auto" writes; those left
+    out do not have this architecture, for the reason in `undialected`. `megatron_args`: what the arguments of a Megatron run say beside the sizes.
+    `stacked`: Megatron keeps all layers of the decoder in one tensor, with a first axis of layers.
     """
 
     model_type: str
     title: str
     config: Mapping[str, str]
     scopes: tuple[Scope, ...]
+    layers: Mapping[str, Layers] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
     derived: Mapping[str, Size] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     presets: tuple[Preset, ...] = ()
+    text: str = ""
     mtp_field: str = "num_nextn_predict_layers"
+    dialects: Mapping[str, str] = field(default_factory=lambda: ONE_LAYOUT)
+    undialected: str = ""
+    megatron_args: Mapping[str, object] = field(default_factory=dict)
+    stacked: bool = False
+    remarks: tuple[str, ...] = ()  # special rules, for docs/models.md

@@ -51,7 +51,7 @@ def count(spec: ArchSpec, preset: Preset, scope: Scope, row: Row) -> int:
     model = bind(spec, preset.config, aliases=preset.aliases)
     if not row.when(model.sizes) or (row.alias and not preset.aliases):
         return 0
-    return len(scope.layers(model.sizes)) * (model.sizes["experts"] if "{expert}" in row.name else 1)
+    return (len(model.layers[scope.layers]) if scope.layers else 1) * (model.sizes["experts"] if "{expert}" in row.name else 1)
 
 
 def spec_table(arch: str, layout: Callable[[list[tuple[str, ...]], tuple[str, ...]], str]) -> str:

@@ -43,9 +43,9 @@ class Inspection:
         return not (self.missing or self.unexpected or self.wrong)
 
 
-def inspect(path: str | Path, *, origin: str | Path | None = None) -> tuple[Inspection, Checkpoint]:
+def inspect(path: str | Path, *, origin: str | Path | None = None, dialect: str = "auto") -> tuple[Inspection, Checkpoint]:
     """Inspect a checkpoint of any format. Tensors that are missing, unknown or wrong are listed, not raised; a broken file is still a SourceError."""
-    source = open_checkpoint(path, origin=origin, strict=False)
+    source = open_checkpoint(path, origin=origin, strict=False, dialect=dialect)
     opened, model = source.opened, source.arch
     dtypes: Counter[str] = Counter(tensor.dtype.name for _, tensor in source)
     quantization = Counter(label for _, tensor in source if (label := label_of(tensor.reader)))

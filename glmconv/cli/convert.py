@@ -77,10 +77,10 @@ def _verify(out: Output, src: str, paths: list[Path], check: str, workers: int, 
     if check == "none":
         return {"verify": "none"}
     with stoppable() as stop, out.bar("verify") as (started, progress):
-        origin = chosen.get("origin")
+        origin, base = chosen.get("origin"), chosen.get("mtp_from")
         counts = read_back(
             src, paths, sample=check == "sample", mtp=chosen.get("mtp") != "drop", origin=str(origin) if origin else None, workers=workers,
-            started=started, progress=progress, stop=stop,
+            dialect=str(chosen.get("source_dialect")), mtp_from=str(base) if base else None, started=started, progress=progress, stop=stop,
         )  # fmt: skip
     return {"verify": check, "verified": counts}
 

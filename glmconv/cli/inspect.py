@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from glmconv.cli.options import output_of, output_options
+from glmconv.cli.options import output_of, output_options, reading_options
 from glmconv.cli.output import human, say, table
 from glmconv.errors import ExitCode, printable
 
@@ -17,14 +17,15 @@ SHOWN = 20
 @click.argument("path")
 @click.option("--tensors", is_flag=True, help="List every tensor: name, dtype, shape, role.")
 @click.option("--origin", metavar="DIR|ID", help="The Hugging Face release of a torch_dist checkpoint.")
+@reading_options[0]
 @output_options
 @click.pass_context
-def command(ctx: click.Context, path: str, tensors: bool, origin: str | None) -> int:
+def command(ctx: click.Context, path: str, tensors: bool, origin: str | None, source_dialect: str) -> int:
     """Say what the checkpoint PATH is and whether it is complete; exit 5 if tensors are missing, unknown or wrong."""
     from glmconv.check.inspect import inspect
 
     out = output_of(ctx)
-    found, source = inspect(path, origin=origin)
+    found, source = inspect(path, origin=origin, dialect=source_dialect)
     with source:
         listed = [(name, tensor.dtype.name, list(tensor.shape), source.arch.tensors[name].role.value) for name, tensor in source]
     if out.json:

@@ -74,7 +74,7 @@ def output_of(ctx: click.Context) -> Output:
 
 RUN_OPTIONS = (
     "to", "file_size", "max_memory", "workers", "resume", "resume_check", "overwrite", "mtp", "origin", "iteration", "keep", "first_layers_bf16",
-    "last_layers_bf16", "ragged", "serve_tp", "serve_ep", "nonfinite",
+    "last_layers_bf16", "ragged", "serve_tp", "serve_ep", "nonfinite", "megatron_dialect", "source_dialect", "mtp_from",
 )  # fmt: skip
 
 
@@ -93,6 +93,15 @@ def spelled(ctx: click.Context, names: Sequence[str]) -> list[str]:
     return words
 
 
+DIALECTS = ("auto", "slime", "miles", "bridge", "mcore")
+reading_options = (
+    click.option(
+        "--source-dialect", type=click.Choice(DIALECTS), default="auto", show_default=True, help="Of a torch_dist source whose tensors do not tell."
+    ),
+    click.option("--mtp-from", metavar="DIR|ID", help="Take the MTP layers from this checkpoint: for fine-tunes that lost theirs."),
+)
+
+
 def run_options(command: F) -> F:
     """Options of every command that writes a checkpoint."""
     many = click.IntRange(1, 256)
@@ -109,6 +118,10 @@ def run_options(command: F) -> F:
         click.option("--overwrite", is_flag=True, help="Move what is at the destination aside (DST.bak-N) and start anew. Deletes nothing."),
         click.option("--mtp", type=click.Choice(["keep", "drop"]), default="keep", show_default=True, help="The multi-token prediction layer."),
         click.option("--origin", metavar="DIR|ID", help="The Hugging Face release of a torch_dist checkpoint: config, tokenizer, file layout."),
+        click.option(
+            "--megatron-dialect", type=click.Choice(DIALECTS), default="auto", show_default=True, help="torch_dist: whose names and row orders."
+        ),
+        *reading_options,
         click.option("--keep", multiple=True, metavar="REGEX", help="Quantized targets: leave tensors whose name it is found in as they are."),
         click.option("--first-layers-bf16", type=click.IntRange(0, 1024), default=0, help="Quantized targets: leave the first N layers as they are."),
         click.option("--last-layers-bf16", type=click.IntRange(0, 1024), default=0, help="Quantized targets: leave the last N layers as they are."),

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from glmconv.cli.options import output_of, output_options
+from glmconv.cli.options import output_of, output_options, reading_options
 from glmconv.cli.output import Output, human, say
 from glmconv.errors import ExitCode, UsageError, printable
 
 if TYPE_CHECKING:
     from glmconv.check.verify import ManifestCheck
     from glmconv.cli.sessions import Stop
+    from glmconv.convert import Options
 
 SHOWN = 20
 EPILOG = """\b
@@ -32,11 +33,16 @@ Examples:
 @click.option("-j", "--workers", type=click.IntRange(1, 256), default=2, show_default=True, help="Threads that read.")
 @click.option("--origin", metavar="DIR|ID", help="The Hugging Face release of a torch_dist checkpoint.")
 @click.option("--mtp", type=click.Choice(["keep", "drop"]), default="keep", show_default=True, help="drop: leave the MTP layers of both out.")
+@reading_options[0]
+@reading_options[1]
 @click.option("--max-rmse", type=click.FloatRange(min=0, min_open=True), help="Bound on a quantized tensor's relative RMSE; default: its codec's.")
 @click.option("--exact", is_flag=True, help="Convert A again without writing and compare every byte with B, an output of glmconv.")
 @output_options
 @click.pass_context
-def command(ctx: click.Context, a: str, b: str | None, workers: int, origin: str | None, mtp: str, max_rmse: float | None, exact: bool) -> int:
+def command(
+    ctx: click.Context, a: str, b: str | None, workers: int, origin: str | None, mtp: str, source_dialect: str, mtp_from: str | None,
+    max_rmse: float | None, exact: bool,
+) -> int:  # fmt: skip
     """Compare checkpoints A and B bit by bit, whatever their formats; or A alone with its own manifest, every byte.
 
     Exit 1 if anything differs: a bit, a tensor that only one has, a shape, a dtype. Give the source first: what B holds quantized is
@@ -44,6 +50,7 @@ def command(ctx: click.Context, a: str, b: str | None, workers: int, origin: str
     """
     from glmconv.check.verify import verify_output, verify_same
     from glmconv.cli.sessions import downloaded, stoppable
+    from glmconv.convert import Options
 
     out = output_of(ctx)
     if exact and b is None:
@@ -52,7 +59,15 @@ def command(ctx: click.Context, a: str, b: str | None, workers: int, origin: str
     with stoppable() as stop, out.bar("verify") as (started, progress):
         if b is None or exact:
             check = (
-                _exact(a, b, workers, origin, mtp, started, progress, stop)
+                _exact(
+                    Options(origin=origin, mtp=mtp != "drop", source_dialect=source_dialect, mtp_from=mtp_from),
+                    a,
+                    b,
+                    workers,
+                    started,
+                    progress,
+                    stop,
+                )
                 if b
                 else verify_output(a, workers=workers, started=started, progress=progress, stop=stop)
             )
@@ -61,8 +76,9 @@ def command(ctx: click.Context, a: str, b: str | None, workers: int, origin: str
             good = "as its manifest says" if b is None else "byte for byte what its source gives"
             return _answer(out, {**asdict(check), "same": check.same}, check.same, f"{check.root}: {good} ({counts})", lines)
         result = verify_same(
-            a, b, workers=workers, origin=origin, mtp=mtp != "drop", started=started, progress=progress, stop=stop, max_rmse=max_rmse
-        )
+            a, b, workers=workers, origin=origin, mtp=mtp != "drop", started=started, progress=progress, stop=stop, max_rmse=max_rmse,
+            dialect=source_dialect, mtp_from=mtp_from,
+        )  # fmt: skip
     value = {"same": result.same, "tensors": result.tensors, "elements": result.elements, "bytes": result.bytes, "aliases": result.aliases,
              "different": len(result.differences), "worst": [asdict(d) for d in result.worst],
              "quantized": [{**asdict(loss), "sqnr": loss.sqnr} for loss in result.losses]}  # fmt: skip
@@ -76,13 +92,12 @@ def command(ctx: click.Context, a: str, b: str | None, workers: int, origin: str
 
 
 def _exact(
-    src: str, output: str, workers: int, origin: str | None, mtp: str, started: Callable[[int], None], progress: Callable[[int], None], stop: Stop
+    options: Options, src: str, output: str, workers: int, started: Callable[[int], None], progress: Callable[[int], None], stop: Stop
 ) -> ManifestCheck:
     from glmconv.check.exact import verify_exact
-    from glmconv.checkpoint import open_checkpoint
     from glmconv.convert import plan_again
 
-    with open_checkpoint(src, origin=origin, mtp=mtp != "drop") as source:
+    with options.open(src) as source:
         return verify_exact(
             source, output, lambda manifest: plan_again(source, manifest.to, manifest.options), workers=workers, started=started,
             progress=progress, stop=stop,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from glmconv.archs import Model, TensorSpec, bind, spec_for
@@ -13,20 +13,29 @@ from glmconv.errors import SourceError
 
 @dataclass(frozen=True)
 class Expected:
-    """What a config says a source holds: its canonical tensors, those that `--mtp drop` leaves out, the model's dtype."""
+    """What a source should hold: its canonical tensors, those that `--mtp drop` leaves out, what there is to say of sets of layers without any."""
 
     model: Model
     dropped: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
-def expected(config: Mapping[str, object], *, aliases: bool, mtp: bool, file: object) -> Expected:
-    """Bind `config`; with `mtp` False the MTP tensors become `dropped`."""
+def expected(
+    config: Mapping[str, object], there: Callable[[str], bool], *, aliases: bool, mtp: bool, file: object, whole: Model | None = None
+) -> Expected:
+    """Bind `config`; with `mtp` False the MTP tensors become `dropped`.
+
+    `whole` is the model, if it is bound already. `there` says whether the source has a canonical tensor. Fine-tunes saved without their MTP layers
+    keep the number of them in config.json: a set of layers that the spec calls optional and that is wholly absent is none of the model's.
+    """
     spec = spec_for(config, file)
-    whole = bind(spec, config, aliases=aliases, file=file)
-    if mtp:
-        return Expected(whole, ())
-    model = bind(spec, config, aliases=aliases, mtp=False, file=file)
-    return Expected(model, tuple(name for name in whole.tensors if name not in model.tensors))
+    whole = whole or bind(spec, config, aliases=aliases, file=file)
+    absent = [name for name in spec.optional if whole.layers[name] and not any(map(there, whole.names_of(name)))]
+    left = bind(spec, config, aliases=aliases, mtp=mtp and "mtp" not in absent, without=absent, file=file) if absent or not mtp else whole
+    dropped = () if mtp or "mtp" in absent else tuple(name for name in whole.tensors if name not in left.tensors)
+    notes = tuple(f"config.json asks for {spec.mtp_field} {len(whole.layers[name])}, and no tensor of them is there: 0 is written"
+                  for name in absent if name == "mtp" and mtp)  # fmt: skip
+    return Expected(left, dropped, notes)
 
 
 def has_aliases(config: Mapping[str, object], names: Mapping[str, object], file: object) -> bool:
@@ -51,14 +60,17 @@ def model_dtype(config: Mapping[str, object], found: Mapping[str, DType], model:
     """
     counts: dict[DType, int] = {}
     for name, tensor in model.tensors.items():
-        if not tensor.dtype and name in found and found[name].name in ("bfloat16", "float16", "float32"):
+        if not tensor.dtype and not tensor.row.loose and name in found and found[name].name in ("bfloat16", "float16", "float32"):
             counts[found[name]] = counts.get(found[name], 0) + tensor.elements
     if counts:
         return max(counts, key=lambda dtype: (counts[dtype], dtype.name))
     return config_dtype(config) or BY_NAME["bfloat16"]
 
 
-def canonical_dtype(tensor: TensorSpec, model_dtype: DType) -> DType:
+def canonical_dtype(tensor: TensorSpec, model_dtype: DType, stored: DType | None = None) -> DType:
+    """What the table says; for a row that is loose, what the source has, if that is float32 or the model's."""
+    if tensor.row.loose and stored is not None and stored in (BY_NAME["float32"], model_dtype):
+        return stored
     return BY_NAME[tensor.dtype] if tensor.dtype else model_dtype
 
 

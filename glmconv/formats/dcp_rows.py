@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -58,15 +59,24 @@ class Box:
 
 
 class Boxes:
-    """A stored tensor as a matrix [rows, columns], whatever its rank: the first axes (layers, experts) are counted through."""
+    """A stored tensor as a matrix [rows, columns], whatever its rank: the first axes (layers, experts) are counted through.
 
-    def __init__(self, stored: StoredTensor, columns: int, files: dict[str, tuple[InputFile, int]]) -> None:
-        self.columns = columns
+    `tail` is the shape of what a row holds: nothing, the columns, or a convolution's kernel, which no trainer cuts.
+    """
+
+    def __init__(self, stored: StoredTensor, tail: Sequence[int], files: dict[str, tuple[InputFile, int]]) -> None:
+        self.columns = math.prod(tail)
         self.itemsize = stored.dtype.itemsize
         boxes = []
         for chunk in stored.chunks:
             file, number = files[chunk.relative_path]
-            boxes += list(_boxes(stored.shape, columns, chunk, Blob(chunk, stored.dtype, file, number)))
+            shape, offsets, sizes = (list(axes) for axes in (stored.shape, chunk.offsets, chunk.sizes))
+            if (inner := len(tail) - 1) > 0:
+                if sizes[-inner:] != shape[-inner:]:
+                    raise SourceError(f"has a chunk {sizes} of {shape}, cut across a kernel.", file=chunk.relative_path)
+                kernel = math.prod(shape[-inner:])
+                shape, offsets, sizes = ([*axes[: -inner - 1], axes[-inner - 1] * kernel] for axes in (shape, offsets, sizes))
+            boxes += list(_boxes(shape, self.columns, offsets, sizes, Blob(chunk, stored.dtype, file, number)))
         self.boxes = sorted(boxes, key=lambda box: (box.row, box.column))
         self.tallest = max((box.rows for box in self.boxes), default=0)
         self.rows = [box.row for box in self.boxes]
@@ -102,9 +112,8 @@ class Boxes:
             target[row : row + count] = block.reshape(count, part)
 
 
-def _boxes(shape: Sequence[int], columns: int, chunk: Chunk, blob: Blob) -> list[Box]:
+def _boxes(full: list[int], columns: int, offsets: list[int], sizes: list[int], blob: Blob) -> list[Box]:
     """The chunk's rectangles. `columns` is 1 (the last axis is rows) or the size of the last axis."""
-    offsets, sizes, full = list(chunk.offsets), list(chunk.sizes), list(shape)
     if columns == 1 and (not full or full[-1] != 1):
         offsets, sizes, full = [*offsets, 0], [*sizes, 1], [*full, 1]
     *outer, row_axis, column_axis = range(len(full)) if len(full) > 1 else (None, 0)

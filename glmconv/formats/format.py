@@ -94,10 +94,11 @@ class Opened:
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """How to read: `mtp` False leaves the MTP layers out; `origin` is the release that a trainer's checkpoint came from."""
+    """How to read: `mtp` False leaves the MTP layers out; `origin` is the release that a trainer's checkpoint came from, `dialect` the trainer's."""
 
     mtp: bool = True
     origin: Path | None = None
+    dialect: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class LayoutOptions:
     chunk_size: int = 64 << 20  # of a DCP chunk, at most
     iteration: int | None = None
     mtp: bool = True
-    dialect: str = "te"
+    dialect: str = "auto"
     apart: str = ""  # file for the MTP layers, where the release's layout is not known
     codec: Codec | None = None  # how linear weights are encoded; None: not at all
     quant: QuantOptions = field(default_factory=QuantOptions)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmconv import strict_json
+from glmconv.archs import text_of
 from glmconv.engine.inputs import InputFile, InputFolder
 from glmconv.errors import SourceError, UnsupportedError
 from glmconv.formats.binding import canonical_dtype, expected, has_aliases, mismatch, model_dtype
@@ -108,7 +109,7 @@ def open_folder(path: Path, options: OpenOptions) -> Opened:
     check_method(config, path / CONFIG)
     shards = read_shards(folder, names)
     aliases = has_aliases(config, shards.home, path / CONFIG)
-    wanted = expected(config, aliases=aliases, mtp=options.mtp, file=path / CONFIG)
+    wanted = expected(config, shards.home.__contains__, aliases=aliases, mtp=options.mtp, file=path / CONFIG)
     model = wanted.model
     numbers = {name: n for n, name in enumerate(shards.files)}
     stored = {t: _rows(shards.headers[file].tensors[t], shards.files[file], numbers[file]) for t, file in shards.home.items()}
@@ -121,14 +122,16 @@ def open_folder(path: Path, options: OpenOptions) -> Opened:
             tensors[name] = coded.readers[name]
         if name not in stored or name in coded.taken:
             continue
-        rows, canonical = stored[name], canonical_dtype(tensor, dtype)
+        rows = stored[name]
+        canonical = canonical_dtype(tensor, dtype, rows.dtype)
         if problem := mismatch(tensor, rows.shape, rows.dtype, canonical):
             wrong.append((name, problem))
             continue
         tensors[name] = rows if rows.dtype == canonical else Widened(rows, canonical)
     known = set(model.tensors) | set(wanted.dropped) | coded.taken
     there = {name for name in (*model.tensors, *wanted.dropped) if name in stored} | set(tensors) | {name for name, _ in coded.wrong}
-    if config.get("tie_word_embeddings") is True and "lm_head.weight" in model.tensors and "lm_head.weight" not in there:
+    tied = True in (config.get("tie_word_embeddings"), text_of(model.spec, config).get("tie_word_embeddings"))
+    if tied and "lm_head.weight" in model.tensors and "lm_head.weight" not in there:
         hint = "Untie them first, or take a release that stores lm_head.weight."
         raise UnsupportedError("ties lm_head to the embeddings; no release of this architecture does.", file=path / CONFIG, hint=hint)
     side = side_files(folder, names, len(numbers))
@@ -141,7 +144,7 @@ def open_folder(path: Path, options: OpenOptions) -> Opened:
         format="hf", path=path, config=config, config_bytes=config_bytes, model=model, tensors=tensors, folders=(folder,), fingerprint=fingerprint,
         missing=tuple(n for n in model.tensors if n not in there), unexpected=tuple(n for n in stored if n not in known), wrong=tuple(wrong),
         dropped=tuple(n for n in wanted.dropped if n in stored or n in coded.left_out), side_files=side.files, layout=shards.layout,
-        notes=(*side.notes, *_ignored(config), *config_notes(config, coded.readers, path / CONFIG)),
+        notes=(*wanted.notes, *side.notes, *_ignored(config), *config_notes(config, coded.readers, path / CONFIG)),
         stored_bytes=sum(t.row_size * t.shape[0] if t.shape else t.row_size for t in stored.values()),
     )  # fmt: skip
 

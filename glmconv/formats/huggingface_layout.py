@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from glmconv.archs import preset_of
+from glmconv.archs import field_of, preset_of
 from glmconv.codecs.codec import Codec, Grid
 from glmconv.dtypes import BY_NAME
 from glmconv.engine.plan import OutputFile, Piece, Plan, Run, SmallFile
 from glmconv.formats.coded import RAW, WIDE, CodedRows
 from glmconv.formats.format import FileLayout, LayoutOptions, Opened, RowReader, row_size
+from glmconv.formats.graft import with_field
 from glmconv.formats.safetensors_header import write_header
 from glmconv.formats.selection import Selection, select
 from glmconv.formats.serving import SIZES, described, serving
@@ -46,18 +47,16 @@ def _folder(
         total = sum(piece.payload for file in files for piece in file.pieces if piece.digested)
         index = {"metadata": {**layout.index, "total_size": total}, "weight_map": weight_map}
         marks.append(SmallFile(INDEX, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()))
-    marks.append(SmallFile(CONFIG, config_for(opened, options.mtp, more)))
+    marks.append(SmallFile(CONFIG, config_for(opened, more)))
     return Plan(to, chosen, opened.fingerprint, tuple(files), tuple(marks), notes)
 
 
-def config_for(opened: Opened, mtp: bool, more: Mapping[str, object] | None = None) -> bytes:
-    """config.json as it is written: the source's own bytes, unless the MTP layers are dropped, or it says or is to say how weights are quantized."""
-    field = opened.model.spec.mtp_field
-    changed = dict(opened.config)
-    changed.pop(QUANTIZATION, None)
-    changed |= more or {}
-    if not mtp and opened.config.get(field):
-        changed[field] = 0
+def config_for(opened: Opened, more: Mapping[str, object] | None = None) -> bytes:
+    """config.json as written: the source's own bytes, unless it is wrong about MTP layers, or what it says of quantization changes."""
+    field, layers = opened.model.spec.mtp_field, opened.model.sizes.get("mtp", 0)
+    changed: Mapping[str, object] = {name: value for name, value in opened.config.items() if name != QUANTIZATION} | dict(more or {})
+    if (field_of(opened.config, field) or 0) != layers:
+        changed = with_field(changed, field, layers)
     if changed == opened.config:
         return opened.config_bytes
     return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()

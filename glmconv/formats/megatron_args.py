@@ -5,15 +5,14 @@ Source: which loader asks for which name is in docs/torch_dist.md, "common.pt"; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from glmconv.archs import Model
+from glmconv.archs import Model, text_of
 
 Config = Mapping[str, object]
 CONSTANTS: dict[str, object] = {
     "add_bias_linear": False, "normalization": "RMSNorm", "swiglu": True, "position_embedding_type": "rope", "bf16": True,
-    "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "moe_router_pre_softmax": True, "moe_grouped_gemm": True,
-    "moe_router_dtype": "fp32", "make_vocab_size_divisible_by": 128, "rotary_interleaved": False, "add_position_embedding": True,
+    "make_vocab_size_divisible_by": 128, "rotary_interleaved": False, "add_position_embedding": True,
     "rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
     "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "expert_model_parallel_size": 1, "no_save_optim": True, "no_save_rng": True,
     "consumed_train_samples": 0, "skipped_train_samples": 0, "consumed_valid_samples": 0, "multi_latent_attention": False, "q_lora_rank": None,
@@ -24,44 +23,17 @@ CONSTANTS: dict[str, object] = {
     "init_method_xavier_uniform": False, "config_logger_dir": "", "cp_comm_type": ["p2p"], "is_hybrid_model": False,
     "transformer_impl": "transformer_engine", "qk_l2_norm": False, "fp16_lm_cross_entropy": False, "use_rope_scaling": False, "spec": None,
 }  # fmt: skip
-
-
-def number(config: Config, field: str) -> int:
-    value = config.get(field)
-    return value if isinstance(value, int) else 0
-
-
-def _moe_layers(config: Config) -> list[int]:
-    dense = number(config, "first_k_dense_replace")
-    return [0] * dense + [1] * (number(config, "num_hidden_layers") - dense)
-
-
-# fmt: off
-FROM_CONFIG: dict[str, Callable[[Config], object]] = {
-    "num_layers":                           lambda c: c["num_hidden_layers"],
-    "hidden_size":                          lambda c: c["hidden_size"],
-    "num_attention_heads":                  lambda c: c["num_attention_heads"],
-    "num_query_groups":                     lambda c: c["num_key_value_heads"],
-    "ffn_hidden_size":                      lambda c: c["intermediate_size"],
-    "moe_ffn_hidden_size":                  lambda c: c["moe_intermediate_size"],
-    "moe_shared_expert_intermediate_size":  lambda c: number(c, "moe_intermediate_size") * number(c, "n_shared_experts"),
-    "num_experts":                          lambda c: c["n_routed_experts"],
-    "moe_layer_freq":                       _moe_layers,
-    "moe_router_topk":                      lambda c: c["num_experts_per_tok"],
-    "moe_router_topk_scaling_factor":       lambda c: c.get("routed_scaling_factor", 1.0),
-    "mtp_num_layers":                       lambda c: c.get("num_nextn_predict_layers") or None,
-    "vocab_size":                           lambda c: c["vocab_size"],
-    "padded_vocab_size":                    lambda c: c["vocab_size"],
-    "add_qkv_bias":                         lambda c: bool(c.get("attention_bias", False)),
-    "qk_layernorm":                         lambda c: bool(c.get("use_qk_norm", False)),
-    "norm_epsilon":                         lambda c: c.get("rms_norm_eps", 1e-5),
-    "layernorm_epsilon":                    lambda c: c.get("rms_norm_eps", 1e-5),
-    "rotary_base":                          lambda c: rope(c, "rope_theta", 10000),
-    "rotary_percent":                       lambda c: rope(c, "partial_rotary_factor", 1.0),
-    "untie_embeddings_and_output_weights":  lambda c: not c.get("tie_word_embeddings", False),
-    "max_position_embeddings":              lambda c: c.get("max_position_embeddings"),
-}
-# fmt: on
+MIXTURE: dict[str, object] = {
+    "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "moe_router_pre_softmax": True, "moe_grouped_gemm": True,
+    "moe_router_dtype": "fp32",
+}  # fmt: skip
+# args name -> the model's size
+SIZES = {
+    "num_layers": "layers", "hidden_size": "hidden", "num_attention_heads": "heads", "ffn_hidden_size": "ffn", "vocab_size": "vocab",
+    "padded_vocab_size": "vocab", "kv_channels": "head_dim", "num_query_groups": "groups", "q_lora_rank": "q_rank", "kv_lora_rank": "kv_rank",
+    "qk_head_dim": "nope", "qk_pos_emb_head_dim": "rope", "v_head_dim": "v_dim", "num_experts": "experts", "moe_ffn_hidden_size": "moe_ffn",
+    "moe_shared_expert_intermediate_size": "shared_ffn", "moe_router_topk": "top_k",
+}  # fmt: skip
 
 
 def rope(config: Config, field: str, default: object) -> object:
@@ -73,8 +45,30 @@ def rope(config: Config, field: str, default: object) -> object:
 
 def to_args(config: Config, model: Model) -> dict[str, object]:
     """The arguments of a run that would train this model. Sizes that decide shapes come from the model, so they are whole numbers."""
-    args = CONSTANTS | {name: of(config) for name, of in FROM_CONFIG.items()}
-    return args | {"mtp_num_layers": model.sizes.get("mtp") or None, "kv_channels": model.sizes["head_dim"]}
+    text, s = text_of(model.spec, config), model.sizes
+    latent = "kv_rank" in s
+    epsilon = text.get("rms_norm_eps", 1e-5)
+    args = CONSTANTS | {name: s[size] for name, size in SIZES.items() if size in s} | {
+        "num_experts": s.get("experts"),
+        "mtp_num_layers": s.get("mtp") or None,
+        "add_qkv_bias": bool(s["attention_bias"]),
+        "qk_layernorm": bool(s.get("use_qk_norm")),
+        "norm_epsilon": epsilon,
+        "layernorm_epsilon": epsilon,
+        "rotary_base": rope(text, "rope_theta", 10000),
+        "rotary_percent": 1.0 if latent else rope(text, "partial_rotary_factor", 0.5),
+        "untie_embeddings_and_output_weights": not text.get("tie_word_embeddings", False),
+        "max_position_embeddings": text.get("max_position_embeddings"),
+    }  # fmt: skip
+    if "experts" in s:
+        sparse = set(model.layers["sparse"])
+        args |= MIXTURE | {"moe_layer_freq": [int(layer in sparse) for layer in range(s["layers"])]}
+        args |= {"moe_router_topk_scaling_factor": text.get("routed_scaling_factor", 1.0)}
+    if latent:
+        args |= {"kv_channels": s["nope"], "num_query_groups": s["heads"]}
+    if "index_dim" in s:
+        args |= {"indexer_rope_interleave": text.get("indexer_rope_interleave")}
+    return args | dict(model.spec.megatron_args)
 
 
 # Back: config field -> (args name, Bridge provider's name where it differs). What is not here a run does not record.

@@ -14,6 +14,7 @@ from glmconv.archs import Model, TensorSpec
 MODEL_KEYS = ("embedding.", "decoder.", "output_layer.", "mtp.", "language_model.", "visual.")
 TRAINER_KEYS = re.compile(r"(^|\.)(optimizer|chained_\d+|opt_param_scheduler|rng_state|rerun_state_machine_state|common_state)(\.|/|$)")
 STATELESS = ("mlp.router", "embedding.word_embeddings", "output_layer")  # modules without Transformer Engine's `_extra_state`
+VISION = "visual."  # transformers' own modules, which have none either
 COMMON_STATE = "common_state/shard_"  # Megatron-Core from 0.19 on keeps a run's arguments in this object, before that in common.pt
 LAYER_KEY = re.compile(r"^(?P<prefix>(?:[a-z_]+\.)*decoder\.layers\.)(?P<layer>\d+)\.(?P<rest>.+)$")
 
@@ -30,13 +31,17 @@ class Tile:
 
 @dataclass
 class MegatronTensor:
-    """One global Megatron tensor: shape [rows, ...], or [experts, stride, ...] when stacked; `tiles` sorted, covering each row once."""
+    """One global Megatron tensor: shape [rows, ...], or [experts, stride, ...] when stacked; `tiles` sorted, covering each row once.
+
+    A stack of experts is read and written expert by expert and half by half, a stack of layers (`layered`) layer by layer.
+    """
 
     key: str
     tail: tuple[int, ...]
     stride: int
     padded: bool  # vocabulary rows: a file may hold more
     tiles: list[Tile] = field(default_factory=list)
+    layered: bool = False
 
     @property
     def rows(self) -> int:
@@ -68,6 +73,21 @@ def megatron_tensors(model: Model, dialect: str, names: Mapping[str, object] | N
     return found
 
 
+def stacked_layers(tensors: Mapping[str, MegatronTensor]) -> dict[str, MegatronTensor]:
+    """The same tensors with all layers of the decoder in one, as Megatron saves a decoder whose layers are alike."""
+    found: dict[str, MegatronTensor] = {}
+    for key, stored in tensors.items():
+        stack = stacked_spelling(key)
+        if stack is None:
+            found[key] = stored
+            continue
+        assert not stored.stride, f"{key}: stacks of experts in stacks of layers are not written"
+        whole = found.setdefault(stack[0], MegatronTensor(stack[0], stored.tail, stored.rows, False, layered=True))
+        first = stack[1] * whole.stride
+        whole.tiles += [Tile(first + tile.target, tile.rows, tile.tensor, tile.source) for tile in stored.tiles]
+    return found
+
+
 def _is_vocabulary(tensor: TensorSpec) -> bool:
     return tensor.row.shape[0].text == "vocab"
 
@@ -79,7 +99,7 @@ def spellings(key: str) -> Iterator[str]:
     local (not Transformer Engine) layer spec.
     """
     yield key
-    other = key.replace(".transformer_layer.", ".mtp_model_layer.") if key.startswith("mtp.") else key
+    other = key.replace(".transformer_layer.", ".mtp_model_layer.") if key.startswith(("mtp.", "language_model.mtp.")) else key
     if other != key:
         yield other
     for form in (key, other):
@@ -111,16 +131,12 @@ def extra_states(tensors: Mapping[str, MegatronTensor]) -> Iterator[tuple[str, s
     seen = set()
     for key, stored in tensors.items():
         module, _, leaf = key.rpartition(".")
+        count = stored.rows // stored.stride if stored.stride else 1
+        modules = [module]
         if "self_attention." in module:
-            attention = module[: module.index("self_attention.")] + "self_attention.core_attention"
-            if attention not in seen:
-                seen.add(attention)
-                yield key, f"{attention}._extra_state/shard_0_1"
-        if module in seen or leaf not in ("weight", "bias", "layer_norm_weight") or module.endswith(STATELESS):
-            continue
-        seen.add(module)
-        if stored.stride:
-            count = stored.rows // stored.stride
-            yield from ((key, f"{module}._extra_state/shard_{n}_{count}") for n in range(count))
-        else:
-            yield key, f"{module}._extra_state/shard_0_1"
+            modules.insert(0, module[: module.index("self_attention.")] + "self_attention.core_attention")
+        for name in modules:
+            if name in seen or leaf not in ("weight", "bias", "layer_norm_weight") or name.endswith(STATELESS) or name.startswith(VISION):
+                continue
+            seen.add(name)
+            yield from ((key, f"{name}._extra_state/shard_{n}_{count}") for n in range(count))

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from glmconv.archs import Model, TensorSpec
-from glmconv.archs.spec import Part, Role
+from glmconv.archs.spec import Role
 from glmconv.codecs.codec import Codec
 from glmconv.errors import CapacityError, UsageError
 from glmconv.formats.serving import QUANTIZED, Parallel, problem, share
 
-MODULES = (Role.LINEAR, Role.EXPERT, Role.HEAD, Role.ROUTER)  # those that are linear modules, whether quantized or not
+MODULES = (Role.LINEAR, Role.EXPERT, Role.HEAD, Role.ROUTER, Role.PLAIN, Role.VISION)  # those that are linear modules, whether quantized or not
 Partners = tuple[str, str]
 
 
@@ -68,12 +68,11 @@ def select(model: Model, names: Iterable[str], codec: Codec, options: QuantOptio
 
 
 def partners(tensor: TensorSpec) -> Partners:
-    """What serving engines fuse and must find in one form: the parts of one Megatron tensor, and all experts of a layer."""
+    """What serving engines fuse and must find in one form: the parts of a fused module, and all experts of a layer."""
     layer = tensor.scope.name.format(**tensor.index)
     if tensor.role is Role.EXPERT:
         return layer, "experts"
-    place = tensor.row.megatron_place("te")
-    return layer, place.record.name if isinstance(place, Part) else tensor.row.name
+    return layer, tensor.row.fused or tensor.row.name
 
 
 ASKED = "asked for"
@@ -91,7 +90,7 @@ class Asked:
 
     def __call__(self, tensor: TensorSpec, model: Model) -> str:
         layer, layers = tensor.index["layer"], model.sizes["layers"]
-        main = "{layer}" in tensor.scope.name and not tensor.mtp
+        main = tensor.in_layers and not tensor.mtp
         if main and (layer < self.first or layer >= layers - self.last):
             return ASKED
         return ASKED if any(pattern.search(tensor.name) for pattern in self.patterns) else ""

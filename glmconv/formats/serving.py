@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from glmconv.archs import Model, TensorSpec
-from glmconv.archs.spec import Part, Role
+from glmconv.archs.spec import Role
 from glmconv.codecs.codec import Grid
 
 SIZES = (1, 2, 4, 8, 16)
@@ -39,16 +39,15 @@ class Serving:
 
 
 def share(tensor: TensorSpec, model: Model, parallel: Parallel) -> tuple[int, int]:
-    """Rows and columns of one rank's share of a linear weight; 0 where they cannot be split evenly."""
-    rows, columns = tensor.shape
+    """Rows (of each fused part) and columns of one rank's share of a linear weight; 0 where they cannot be split evenly."""
+    rows, columns = tensor.shape[0] // tensor.row.stacked, tensor.shape[1]
     ranks = parallel.splits(tensor)
     if tensor.row.parallel == "row":
         return rows, columns // ranks if columns % ranks == 0 else 0
     if tensor.row.parallel == "none":
         return rows, columns
-    place = tensor.row.megatron_place("te")
-    if isinstance(place, Part) and "q" in place.record.fields and place.field != "q":
-        ranks = min(ranks, rows // model.sizes["head_dim"])  # KV heads are repeated, not cut, on more ranks than there are
+    if tensor.row.parallel == "kv":
+        ranks = min(ranks, rows // model.sizes["head_dim"])
     return (rows // ranks if rows % ranks == 0 else 0), columns
 
 
@@ -65,10 +64,11 @@ def problem(tensor: TensorSpec, model: Model, grid: Grid, parallel: Parallel) ->
         if columns % grid.columns:
             return f"{tensor.shape[1]:,} columns{split} are no multiple of {grid.columns}"
         return ""
+    whole = f"{tensor.shape[0] // tensor.row.stacked:,} rows"
     if rows == 0:
-        return f"{tensor.shape[0]:,} rows cannot be split among {ranks}"
+        return f"{whole} cannot be split among {ranks}"
     if rows % grid.rows:
-        return f"{tensor.shape[0]:,} rows{split} are no multiple of {grid.rows}"
+        return f"{whole}{split} are no multiple of {grid.rows}"
     return f"{columns:,} columns are no multiple of {grid.columns}" if columns % grid.columns else ""
 
 

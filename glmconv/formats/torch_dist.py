@@ -6,10 +6,11 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from glmconv import strict_json
-from glmconv.archs import Model
+from glmconv.archs import Model, bind, spec_for
 from glmconv.dtypes import DType
 from glmconv.engine.inputs import InputFile, InputFolder
 from glmconv.engine.plan import sha256
@@ -19,6 +20,7 @@ from glmconv.formats.binding import canonical_dtype, expected, has_aliases, mism
 from glmconv.formats.common_pt import read_common
 from glmconv.formats.dcp import DcpMetadata, StoredTensor, read_metadata
 from glmconv.formats.dcp_rows import Boxes, ChunkedRows, Stretch
+from glmconv.formats.dialects import known_as, read_as
 from glmconv.formats.format import FileLayout, Format, Opened, OpenOptions, RowReader
 from glmconv.formats.megatron_args import to_config
 from glmconv.formats.megatron_keys import COMMON_STATE, MegatronTensor, is_optimizers, is_trainers, megatron_tensors, spellings, stacked_spelling
@@ -110,16 +112,21 @@ def open_folder(path: Path, options: OpenOptions) -> Opened:
     metadata = read_metadata(raw, place.iteration / METADATA, is_optimizers)
     origin = find_origin(place.root, place.iteration, options.origin)
     config, config_bytes, notes = config_of(folder, origin, metadata)
+    file = origin.config_file or place.iteration
     aliases = bool(origin.layout) and _layout_has_aliases(origin.layout, config, place.iteration)
-    wanted = expected(config, aliases=aliases, mtp=options.mtp, file=origin.config_file or place.iteration)
     opened_names = sorted({chunk.relative_path for stored in metadata.tensors.values() for chunk in stored.chunks})
     files = {name: (folder.open(name), number) for number, name in enumerate(opened_names)}
     refuse_cut(metadata, {name: file.size for name, (file, _) in files.items()}, place.iteration)
     keys = {key: stored for key, stored in metadata.tensors.items() if not is_trainers(key)}
-    matched = Matched(wanted.model, keys, files)
+    whole = bind(spec_for(config, file), config, aliases=aliases, file=file)
+    by_dialect = {dialect: Matched(whole, keys, files, dialect) for dialect in whole.spec.dialects.values()}
+    all_there = by_dialect[read_as(whole.spec, options.dialect, lambda dialect: len(by_dialect[dialect].stored_keys), place.iteration)]
+    wanted = expected(config, all_there.canonical.__contains__, aliases=aliases, mtp=options.mtp, file=file, whole=whole)
+    matched = all_there if wanted.model is whole else Matched(wanted.model, keys, files, all_there.dialect)
     tensors, wrong = matched.readers(config)
-    whole = expected(config, aliases=aliases, mtp=True, file="config.json").model
-    dropped_keys = matched.keys_of(whole) - matched.used if wanted.dropped else set()
+    if len(set(whole.spec.dialects.values())) > 1:
+        notes = (*notes, f"read as Megatron dialect {known_as(whole.spec, matched.dialect)}")
+    dropped_keys = all_there.stored_keys - matched.used if wanted.dropped else set()
     fingerprint = {
         "format": "torch_dist",
         "files": {METADATA: [len(raw), sha256(raw)]} | {name: [file.size, ""] for name, (file, _) in files.items()} | dict(origin.digests),
@@ -129,7 +136,7 @@ def open_folder(path: Path, options: OpenOptions) -> Opened:
         folders=(folder, *origin.folders), fingerprint=fingerprint, missing=tuple(matched.missing), wrong=tuple(wrong),
         unexpected=tuple(sorted(set(keys) - matched.used - dropped_keys)), dropped=wanted.dropped if dropped_keys else (),
         side_files=origin.side_files,
-        layout=origin.layout, notes=(*origin.notes, *notes), stored_bytes=sum(_bytes(stored) for stored in keys.values()),
+        layout=origin.layout, notes=(*wanted.notes, *origin.notes, *notes), stored_bytes=sum(_bytes(stored) for stored in keys.values()),
     )  # fmt: skip
 
 
@@ -169,14 +176,14 @@ def _layout_has_aliases(layout: FileLayout | None, config: Mapping[str, object],
 class Matched:
     """A model's Megatron tensors found in a checkpoint, under whichever spelling and stacking it uses."""
 
-    def __init__(self, model: Model, keys: Mapping[str, StoredTensor], files: Mapping[str, tuple[InputFile, int]], dialect: str = "te") -> None:
+    def __init__(self, model: Model, keys: Mapping[str, StoredTensor], files: Mapping[str, tuple[InputFile, int]], dialect: str) -> None:
         self.model = model
         self.keys = keys
         self.files = dict(files)
         self.dialect = dialect
         self.used: set[str] = set()
         self.missing: list[str] = []
-        self.boxes: dict[tuple[str, int], Boxes] = {}
+        self.boxes: dict[tuple[str, tuple[int, ...]], Boxes] = {}
 
     def find(self, key: str) -> tuple[str, int | None] | None:
         """The stored key and, if all layers are stacked in it, this layer's number."""
@@ -188,13 +195,23 @@ class Matched:
                 return stacked
         return None
 
-    def keys_of(self, model: Model) -> set[str]:
-        """Every stored key that holds a tensor of `model`."""
-        return {found[0] for key in megatron_tensors(model, self.dialect) if (found := self.find(key))}
+    @cached_property
+    def wanted(self) -> dict[str, MegatronTensor]:
+        return megatron_tensors(self.model, self.dialect)
+
+    @cached_property
+    def stored_keys(self) -> set[str]:
+        """Every stored key that holds a tensor of the model."""
+        return {found[0] for key in self.wanted if (found := self.find(key))}
+
+    @cached_property
+    def canonical(self) -> set[str]:
+        """The canonical tensors of which at least a part is stored."""
+        return {tile.tensor for key, wanted in self.wanted.items() if self.find(key) for tile in wanted.tiles}
 
     def readers(self, config: Mapping[str, object]) -> tuple[dict[str, RowReader], list[tuple[str, str]]]:
         """Canonical name -> reader, and what is wrong with which tensor; fills `used` and `missing`."""
-        wanted = megatron_tensors(self.model, self.dialect)
+        wanted = self.wanted
         places = {key: self.find(key) for key in wanted}
         dtypes = {tile.tensor: self.keys[found[0]].dtype for key, found in places.items() if found for tile in wanted[key].tiles}
         dtype = model_dtype(config, dtypes, self.model)
@@ -228,12 +245,9 @@ class Matched:
     def _boxes(self, wanted: MegatronTensor, found: tuple[str, int | None]) -> tuple[Boxes, int]:
         key, layer = found
         stored = self.keys[key]
-        columns = 1
-        for n in wanted.tail:
-            columns *= n
-        if (key, columns) not in self.boxes:
-            self.boxes[key, columns] = Boxes(stored, columns, self.files)
-        return self.boxes[key, columns], (layer or 0) * wanted.rows
+        if (key, wanted.tail) not in self.boxes:
+            self.boxes[key, wanted.tail] = Boxes(stored, wanted.tail, self.files)
+        return self.boxes[key, wanted.tail], (layer or 0) * wanted.rows
 
     def _assemble(
         self, stretches: Mapping[str, list[Stretch]], dtypes: Mapping[str, DType], dtype: DType, wrong: dict[str, str]
@@ -249,7 +263,7 @@ class Matched:
             if sum(part.rows for part in parts) != tensor.rows:
                 continue  # part of it is missing or wrong, and already said to be
             rows = ChunkedRows(tensor.shape, dtypes[source], parts)
-            canonical = canonical_dtype(tensor, dtype)
+            canonical = canonical_dtype(tensor, dtype, rows.dtype)
             if problem := mismatch(tensor, tensor.shape, rows.dtype, canonical):
                 wrong[name] = problem
                 continue

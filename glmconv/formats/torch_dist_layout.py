@@ -11,10 +11,11 @@ from glmconv.engine.plan import OutputFile, Piece, Plan, Run, SmallFile
 from glmconv.formats.coded import label_of
 from glmconv.formats.common_pt import write_common
 from glmconv.formats.dcp import Chunk, StoredObject, StoredTensor, write_metadata
+from glmconv.formats.dialects import known_as, written
 from glmconv.formats.format import FileLayout, LayoutOptions, Opened
 from glmconv.formats.huggingface_layout import config_for
 from glmconv.formats.megatron_args import to_args
-from glmconv.formats.megatron_keys import MegatronTensor, extra_states, megatron_tensors
+from glmconv.formats.megatron_keys import MegatronTensor, extra_states, megatron_tensors, stacked_layers
 from glmconv.formats.side_files import CONFIG, output_files
 from glmconv.formats.torch_zip import EXTRA_STATE, TorchSaveFrame
 
@@ -58,9 +59,12 @@ class Writing:
 
 def plan(opened: Opened, options: LayoutOptions) -> Plan:
     """Chunks of whole rows: experts per expert and half, other tensors cut at `chunk_size` bytes."""
+    dialect = written(opened.model.spec, options.dialect, opened.config, opened.path)
     name = "release" if options.iteration is None else f"iter_{options.iteration:07d}"
     writing = Writing(f"{name}/", options.file_size or FILE_SIZE)
-    tensors = megatron_tensors(opened.model, options.dialect, opened.tensors)
+    tensors = megatron_tensors(opened.model, dialect, opened.tensors)
+    if opened.model.spec.stacked:
+        tensors = stacked_layers(tensors)
     aliases = _aliases(opened)
     states: dict[str, list[str]] = {}
     for key, object_key in extra_states(tensors):
@@ -81,14 +85,14 @@ def plan(opened: Opened, options: LayoutOptions) -> Plan:
     described = {key: StoredTensor(opened.tensors[t.tiles[0].tensor].dtype, t.shape, writing.chunks[key]) for key, t in tensors.items()}
     marks = (
         SmallFile(f"{ORIGIN}/{LAYOUT}", layout_json(opened.layout)),
-        SmallFile(f"{ORIGIN}/{CONFIG}", config_for(opened, options.mtp)),
+        SmallFile(f"{ORIGIN}/{CONFIG}", config_for(opened)),
         SmallFile(writing.folder + COMMON, write_common(common(opened, options))),
         SmallFile(writing.folder + METADATA, write_metadata(described, writing.objects)),
         SmallFile(writing.folder + BACKEND, json.dumps(BACKEND_JSON).encode()),
         SmallFile(TRACKER, (name if options.iteration is None else str(options.iteration)).encode()),
     )
     side = output_files(opened.side_files, f"{ORIGIN}/")
-    chosen: dict[str, object] = {"mtp": options.mtp, "iteration": options.iteration, "dialect": options.dialect}
+    chosen: dict[str, object] = {"mtp": options.mtp, "iteration": options.iteration, "megatron_dialect": known_as(opened.model.spec, dialect)}
     chosen |= {"file_size": options.file_size, "chunk_size": options.chunk_size}
     return Plan("torch_dist", chosen, opened.fingerprint, (*writing.files, *side), marks, opened.notes)
 
@@ -98,7 +102,7 @@ def chunks(stored: MegatronTensor, dtype: DType, chunk_size: int) -> Iterator[tu
     row_bytes = _product(stored.tail) * dtype.itemsize
     tallest = max(1, chunk_size // row_bytes)
     tail = (0,) * len(stored.tail)
-    if stored.stride:
+    if stored.stride and not stored.layered:
         for tile in stored.tiles:
             for at in range(0, tile.rows, tallest):
                 rows = min(tallest, tile.rows - at)
@@ -106,11 +110,17 @@ def chunks(stored: MegatronTensor, dtype: DType, chunk_size: int) -> Iterator[tu
                 yield (expert, row, *tail), (1, rows, *stored.tail), (Run(tile.tensor, tile.source + at, rows),)
         return
     first = 0
-    for low in range(0, stored.rows, tallest):
-        high = min(low + tallest, stored.rows)
+    height = stored.stride or stored.rows
+    for low in (top + at for top in range(0, stored.rows, height) for at in range(0, height, tallest)):
+        layer, row = divmod(low, height)
+        high = min(low + tallest, (layer + 1) * height)
         while stored.tiles[first].target + stored.tiles[first].rows <= low:
             first += 1
-        yield (low, *tail), (high - low, *stored.tail), tuple(_runs(stored, first, low, high))
+        runs = tuple(_runs(stored, first, low, high))
+        if stored.layered:
+            yield (layer, row, *tail), (1, high - low, *stored.tail), runs
+        else:
+            yield (low, *tail), (high - low, *stored.tail), runs
 
 
 def _runs(stored: MegatronTensor, first: int, low: int, high: int) -> Iterator[Run]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from glmconv.archs import bind, preset_named
+from glmconv.archs import bind, preset_named, text_of
 from glmconv.checkpoint import Checkpoint
 from glmconv.dtypes import BY_NAME
 from glmconv.engine.preflight import Target
@@ -17,10 +17,9 @@ from glmconv.engine.run import Outcome, run
 from glmconv.errors import UsageError
 from glmconv.formats.format import LayoutOptions, Opened
 from glmconv.formats.huggingface_layout import plan
-from glmconv.toy.tokenizer import SMALLEST_VOCABULARY, side_files, special_ids
+from glmconv.toy.small import Shrinking, small_config
+from glmconv.toy.tokenizer import side_files
 from glmconv.toy.weights import Literal, Tables, toy_rows
-
-WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -35,42 +34,10 @@ class ToyOptions:
     file_size: int | None = None
 
 
-def small_config(config: dict[str, object], options: ToyOptions) -> dict[str, object]:
-    """The preset's config.json made small. Heads stay a multiple of KV groups, heads x head_dim stays unequal to the hidden size."""
-
-    def number(field: str) -> int:
-        value = config[field]
-        assert isinstance(value, int)
-        return value
-
-    def scaled(value: int, step: int, least: int) -> int:
-        return value if options.scale == 1 else max(least, int(value * options.scale) // step * step)
-
-    small = dict(config) | {field: scaled(number(field), 8, 16) for field in WIDTHS}
-    groups = number("num_key_value_heads") if options.scale == 1 else max(2, int(number("num_key_value_heads") * options.scale))
-    per_group = number("num_attention_heads") // number("num_key_value_heads")
-    heads = number("num_attention_heads") if options.scale == 1 else groups * max(2, int(per_group * options.scale * 4))
-    layers = options.layers or number("num_hidden_layers")
-    experts = options.experts or number("n_routed_experts")
-    small |= {
-        "num_key_value_heads": groups,
-        "num_attention_heads": heads,
-        "head_dim": scaled(number("head_dim"), 8, 32),
-        "vocab_size": max(SMALLEST_VOCABULARY, scaled(number("vocab_size"), 8, SMALLEST_VOCABULARY)),
-        "num_hidden_layers": layers,
-        "first_k_dense_replace": min(number("first_k_dense_replace"), max(0, layers - 1)),
-        "n_routed_experts": experts,
-        "num_experts_per_tok": min(number("num_experts_per_tok"), max(1, experts // 2)),
-        "num_nextn_predict_layers": number("num_nextn_predict_layers") if options.mtp else 0,
-    }
-    ids = special_ids()
-    return small | {"eos_token_id": [ids["<|endoftext|>"], ids["<|user|>"], ids["<|observation|>"]], "pad_token_id": ids["<|endoftext|>"]}
-
-
 def toy_checkpoint(preset_name: str, options: ToyOptions) -> Checkpoint:
     """A source of any size that lies nowhere: its rows are made as they are read."""
     spec, preset = preset_named(preset_name)
-    config = small_config(dict(preset.config), options)
+    config = small_config(spec, preset.config, Shrinking(options.layers, options.experts, options.scale, options.mtp))
     aliases = preset.aliases and options.mtp
     model = bind(spec, config, aliases=aliases, file=f"toy {preset.name}")
     tables = Tables(options.seed)
@@ -79,7 +46,7 @@ def toy_checkpoint(preset_name: str, options: ToyOptions) -> Checkpoint:
     opened = Opened(
         format="toy", path=Path(f"toy-{preset.name}"), config=config, config_bytes=(json.dumps(config, indent=2) + "\n").encode(), model=model,
         tensors=tensors, folders=(), fingerprint={"format": "toy", "preset": preset.name, "seed": options.seed, "files": {}},
-        side_files={name: Literal(content) for name, content in side_files(config).items()},
+        side_files={name: Literal(content) for name, content in side_files(text_of(spec, config)).items()},
     )  # fmt: skip
     return Checkpoint(opened)
 

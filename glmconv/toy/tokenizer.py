@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # GLM-4.5's tokenizer.json
@@ -65,7 +66,7 @@ def tokenizer_json() -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def side_files(config: dict[str, object]) -> dict[str, bytes]:
+def side_files(config: Mapping[str, object]) -> dict[str, bytes]:
     """The files beside a release's weights, by name. `config` gives the context length and the token ids."""
     ids = special_ids()
     decoder = {

@@ -212,14 +212,6 @@ def rename_expert(found: dict[str, Stored]) -> None:
     found[GATE.replace("experts.2", "experts.77")] = found.pop(GATE)
 
 
-def without_mtp(root: Path) -> None:
-    """As --mtp drop would leave it, but for the config."""
-    for file in sorted(root.glob("*.safetensors")):
-        kept = {name: stored for name, stored in load(file).items() if not name.startswith("model.layers.2.")}
-        save(file, kept)
-    reindexed(root)
-
-
 def as_dtype(dtype: str, itemsize: int, tensor: str = NORM) -> Change:
     def change(found: dict[str, Stored]) -> None:
         count = len(found[tensor].data) // (4 if found[tensor].dtype == "F32" else 2)
@@ -301,7 +293,6 @@ TENSORS = (
     Bad("a tensor that is missing", tensors(lambda found: found.pop(NORM)), says=NORM),
     Bad("an expert that is missing", tensors(lambda found: found.pop(GATE), GATE), says=GATE),
     Bad("a copy that is missing", tensors(lambda found: found.pop("model.layers.2.embed_tokens.weight"), "model.layers.2.embed_tokens.weight")),
-    Bad("an MTP layer that is missing", without_mtp, says="--mtp drop"),
     Bad("a tensor that is unknown", tensors(lambda found: found.update(extra=Stored("BF16", [2], bytes(4)))), says="extra"),
     Bad("an expert of another number", tensors(rename_expert, GATE), says=GATE),
     Bad("a transposed tensor", reshaped(80, 24), says=GATE),
