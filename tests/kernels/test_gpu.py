@@ -1,4 +1,4 @@
-"""The plain torch functions on an accelerator give the bytes that the compiled loops give on the CPU."""
+"""The plain torch functions and the Triton kernels on an accelerator give the bytes that the compiled loops give on the CPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from glmconv.kernels import fp8, int4, reference
+from tests.kernels.triton_cases import CASES, array
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 ROWS, COLUMNS = 200, 320
@@ -18,11 +19,6 @@ def weight():
     made = torch.randn(ROWS, COLUMNS) * 10 ** torch.empty(ROWS, 1).uniform_(-6, 2)
     made[:64, :128] = 0
     return made.bfloat16()
-
-
-def array(tensor: torch.Tensor) -> np.ndarray:
-    plain = tensor.cpu().contiguous()
-    return plain.view(torch.int16).numpy().view(np.uint16) if plain.dtype == torch.bfloat16 else plain.numpy()
 
 
 @pytest.mark.parametrize("rule", ["division", "reciprocal", "ue8m0"])
@@ -64,3 +60,9 @@ def test_awq(weight):
     int4.encode_awq(array(weight), *ours, 32)
     for theirs, mine in zip((codes, zeros, scales), ours, strict=True):
         assert np.array_equal(array(theirs), mine)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_triton_gives_the_bytes_of_the_compiled_loops(case):
+    pytest.importorskip("triton", reason="Triton is not installed here")
+    CASES[case]("cuda")
