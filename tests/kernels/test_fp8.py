@@ -199,6 +199,17 @@ def test_a_second_pass_with_power_of_two_scales_may_change_bytes_but_no_value():
     np.testing.assert_array_equal(decoded(again[0], again[1], (128, 128)), values)
 
 
+@pytest.mark.parametrize("case", ["ties128x256", "small128"])
+@pytest.mark.parametrize(("engine", "dtype"), [("sglang", torch.bfloat16), ("vllm", torch.float32)])
+def test_what_engines_requantize_blocks_to_on_load_is_what_ours_give(engine, dtype, case):
+    """On Blackwell both make power-of-two scales of a block checkpoint: SGLang by way of bfloat16, vLLM of float32."""
+    peer = np.load(VECTORS / "fp8_requant_on_load.npz")
+    codes, scales, _ = encoded(INPUTS[f"{case}.bf16"], (128, 128))
+    again = encoded(decoded(codes, scales, (128, 128), dtype), (128, 128), "ue8m0")
+    np.testing.assert_array_equal(again[1], peer[f"{case}.{engine}.scale"])
+    np.testing.assert_array_equal(again[0], peer[f"{case}.{engine}.codes"])
+
+
 def test_stored_scales_give_the_codes_back():
     weight = INPUTS["edge200x300.bf16"]
     codes, scales, _ = encoded(weight, (128, 128))
