@@ -1,4 +1,9 @@
-"""Quantized outputs in the real loaders: transformers' dequantizing paths and compressed-tensors' decompressors give our decoded bits."""
+"""Quantized outputs in the real loaders: transformers' dequantizing paths and compressed-tensors' decompressors give our decoded bits.
+
+AutoAWQ is not among them. Its last release (0.2.9, a source distribution) imports every model class for `awq.utils.packing_utils`, and with those
+`datasets`, without which it stops; with it and torch 2.13 and transformers 5.23 the rest imports. Two functions are not worth what `datasets` needs.
+Its vectors stand in (tests/vectors/quant/awq_autoawq.npz), and `dequantize_gemm`, its file loaded alone, gave the bits of our `awq` tensors.
+"""
 
 from __future__ import annotations
 
