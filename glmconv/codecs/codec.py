@@ -9,7 +9,7 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from glmconv.dtypes import DType
+from glmconv.dtypes import BY_NAME, DType
 from glmconv.encoding import Encoder
 from glmconv.errors import SourceError
 
@@ -56,10 +56,6 @@ class Codec(Protocol):
     def refuses(self, shape: tuple[int, int]) -> str:
         """Why a weight of this shape cannot be encoded at all; empty if it can."""
 
-    @property
-    def wide(self) -> bool:
-        """Whether it takes a tensor that is quantized already as float32, to round once."""
-
     def label(self, dtype: DType) -> str:
         """The `Decoder.label` of what it writes in a model of this dtype."""
 
@@ -69,8 +65,8 @@ class Codec(Protocol):
     def parts(self, shape: tuple[int, int], dtype: DType) -> tuple[Part, ...]:
         """What a weight of this shape, in a model of this dtype, is stored as."""
 
-    def encoder(self, shape: tuple[int, int], dtype: DType, *, strict: bool = True) -> Encoder:
-        """For rows of `dtype` (bfloat16, float16, float32). `strict`: NaN and Inf are errors."""
+    def encoder(self, shape: tuple[int, int], dtype: DType, *, wide: bool = False, strict: bool = True) -> Encoder:
+        """In a model of `dtype` (bfloat16, float16, float32), for rows of that dtype, or of float32 if `wide`. `strict`: NaN and Inf are errors."""
 
     def config(self, kept: Sequence[str]) -> dict[str, object]:
         """`quantization_config`, `kept` being the full paths of the linear modules that are not encoded."""
@@ -81,16 +77,22 @@ C = TypeVar("C", bound=Codec)
 
 @dataclass(frozen=True)
 class WeightEncoder(Generic[C]):
-    """What every encoder knows: its codec, the weight's shape and the dtype of its rows."""
+    """What every encoder knows: its codec, the weight's shape, the model's dtype, and whether the rows are of float32 instead."""
 
     codec: C
     shape: tuple[int, int]
     dtype: DType
+    wide: bool = False
     strict: bool = True
 
     @property
+    def rows(self) -> DType:
+        """The dtype of the rows."""
+        return BY_NAME["float32"] if self.wide else self.dtype
+
+    @property
     def id(self) -> str:
-        return f"{self.codec.name} of {self.dtype}"
+        return f"{self.codec.name} of {self.rows}"
 
 
 class PartReader(Protocol):

@@ -72,10 +72,6 @@ class Fp8:
     def refuses(self, shape: tuple[int, int]) -> str:
         return f"{shape[1]:,} columns are no multiple of {GROUP}" if self.strategy == "mx" and shape[1] % GROUP else ""
 
-    @property
-    def wide(self) -> bool:
-        return True
-
     def label(self, dtype: DType) -> str:
         scale, kept = ("weight_scale_inv", FLOAT32) if self.strategy == "block" else ("weight_scale", UINT8 if self.strategy == "mx" else FLOAT32)
         block = {"channel": (1, WHOLE), "tensor": (WHOLE, WHOLE)}.get(self.strategy, self.block)
@@ -95,8 +91,8 @@ class Fp8:
             return codes, Part("weight_scale", FLOAT32, (rows, 1))
         return codes, Part("weight_scale_inv", FLOAT32, (ceil_div(rows, self.block[0]), ceil_div(columns, self.block[1])))
 
-    def encoder(self, shape: tuple[int, int], dtype: DType, *, strict: bool = True) -> Encoder:
-        return Fp8Encoder(self, shape, dtype, strict)
+    def encoder(self, shape: tuple[int, int], dtype: DType, *, wide: bool = False, strict: bool = True) -> Encoder:
+        return Fp8Encoder(self, shape, dtype, wide, strict)
 
     def config(self, kept: Sequence[str]) -> dict[str, object]:
         if self.strategy == "block":
@@ -153,7 +149,7 @@ class Fp8Encoding:
     def look(self, rows: memoryview) -> int:
         from glmconv.kernels import fp8
 
-        found, bad = fp8.largest(values(rows, self.encoder.dtype, self.encoder.shape[1]), self.encoder.codec.rule)
+        found, bad = fp8.largest(values(rows, self.encoder.rows, self.encoder.shape[1]), self.encoder.codec.rule)
         self.largest = max(self.largest, found)
         self.scales[:] = fp8.scale_of(self.largest, self.encoder.codec.rule)
         return bad
@@ -162,7 +158,7 @@ class Fp8Encoding:
         from glmconv.kernels import fp8
 
         codec, columns = self.encoder.codec, self.encoder.shape[1]
-        weight = values(rows, self.encoder.dtype, columns)
+        weight = values(rows, self.encoder.rows, columns)
         codes = np.frombuffer(out, np.uint8).reshape(weight.shape)
         if codec.strategy == "tensor":
             return fp8.encode_scaled(weight, codes, self.scales[0])

@@ -48,10 +48,6 @@ class Int4:
     def grid(self) -> Grid:
         return Grid(PACK if self.layout == "awq" or not self.symmetric else 1, max(self.group, PACK))
 
-    @property
-    def wide(self) -> bool:
-        return False  # its arithmetic is the model dtype's
-
     def label(self, dtype: DType) -> str:
         return f"awq g{self.group}" if self.layout == "awq" else f"int4 g{self.group} {'sym' if self.symmetric else 'asym'} {dtype}"
 
@@ -84,8 +80,8 @@ class Int4:
         zero = () if self.symmetric else (Part("weight_zero_point", INT32, (rows // PACK, groups)),)
         return *packed, *zero, Part("weight_shape", INT64, (2,))
 
-    def encoder(self, shape: tuple[int, int], dtype: DType, *, strict: bool = True) -> Encoder:
-        return AwqEncoder(self, shape, dtype, strict) if self.layout == "awq" else PackedEncoder(self, shape, dtype, strict)
+    def encoder(self, shape: tuple[int, int], dtype: DType, *, wide: bool = False, strict: bool = True) -> Encoder:
+        return (AwqEncoder if self.layout == "awq" else PackedEncoder)(self, shape, dtype, wide, strict)
 
     def config(self, kept: Sequence[str]) -> dict[str, object]:
         if self.layout == "awq":
@@ -102,6 +98,13 @@ class Int4:
 
 def _would_do(fits: Sequence[int]) -> str:
     return f"Groups that would do: {', '.join(map(str, fits))}." if fits else "No group does; take fp8:channel."
+
+
+class GroupEncoding:
+    """An encoding that looks at no row but those that it encodes: each group has a scale of its own."""
+
+    def look(self, rows: memoryview) -> int:
+        return -1
 
 
 @dataclass(frozen=True)
@@ -123,18 +126,15 @@ class PackedEncoder(WeightEncoder[Int4]):
 
 
 @dataclass
-class PackedEncoding:
+class PackedEncoding(GroupEncoding):
     encoder: PackedEncoder
     scales: Array
     zeros: Array | None
 
-    def look(self, rows: memoryview) -> int:
-        return -1
-
     def encode(self, start: int, rows: memoryview, out: memoryview) -> int:
         from glmconv.kernels import int4
 
-        weight = values(rows, self.encoder.dtype, self.encoder.shape[1])
+        weight = values(rows, self.encoder.rows, self.encoder.shape[1])
         packed = np.frombuffer(out, np.int32).reshape(len(weight), -1)
         here = slice(start, start + len(weight))
         return int4.encode_packed(weight, packed, self.scales[here], None if self.zeros is None else self.zeros[here], self.encoder.codec.group)
@@ -164,17 +164,14 @@ class AwqEncoder(WeightEncoder[Int4]):
 
 
 @dataclass
-class AwqEncoding:
+class AwqEncoding(GroupEncoding):
     encoder: AwqEncoder
     held: list[Array]
-
-    def look(self, rows: memoryview) -> int:
-        return -1
 
     def encode(self, start: int, rows: memoryview, out: memoryview) -> int:
         from glmconv.kernels import int4
 
-        weight = values(rows, self.encoder.dtype, self.encoder.shape[1])
+        weight = values(rows, self.encoder.rows, self.encoder.shape[1])
         words = slice(start // PACK, (start + len(weight)) // PACK)
         codes, zeros, scales = self.held
         return int4.encode_awq(weight, codes[:, words], zeros[:, words], scales[:, start : start + len(weight)], self.encoder.codec.group)

@@ -80,8 +80,8 @@ def stored(name: str, reader: RowReader, selection: Selection, strict: bool) -> 
             run = Run(f"{RAW}{suffix}:{name}", 0, rows.shape[0])
             yield Piece(f"{base}.{suffix}", rows.dtype.name, rows.shape, rows.row_size * rows.shape[0], (run,))
         return
-    wide = isinstance(reader, CodedRows) and codec.wide
-    encoder = codec.encoder(shape, BY_NAME["float32"] if wide else reader.dtype, strict=strict)
+    wide = isinstance(reader, CodedRows)
+    encoder = codec.encoder(shape, reader.dtype, wide=wide, strict=strict)
     for number, part in enumerate(codec.parts(shape, reader.dtype)):
         runs = () if number else (Run(WIDE + name if wide else name, 0, shape[0]),)
         yield Piece(f"{base}.{part.suffix}", part.dtype.name, part.shape, part.size, runs, encoder=encoder, part=number)

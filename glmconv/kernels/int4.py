@@ -3,7 +3,8 @@
 Arithmetic and peers: docs/quantization.md; glmconv/kernels/reference.py is the same in plain torch, with the same bytes.
 
 Weights are numpy arrays [rows, columns]: uint16 (the bits of bfloat16), float16 or float32; a group divides the columns. Both peers compute in the
-weight's dtype, AutoAWQ in float16, each operation rounded: so do these kernels, in float32 with a rounding after each.
+weight's dtype, AutoAWQ in float16, each operation rounded: so do these kernels, in float32 with a rounding after each. Scales that are stored
+in less than a float32 weight's dtype are rounded to it once, and what is computed with them is computed with them as stored.
 
 NaN and Inf in a weight are reported, not refused: NaN is encoded as 0 would be, Inf as the largest of its sign, and both are left out of the
 group's minimum and maximum. `limits` (low, high), float32 [rows, columns / group], replace those: what is beyond is cut off.
@@ -30,17 +31,18 @@ def encode_packed(weight: Array, packed: Array, scales: Array, zeros: Array | No
     """compressed-tensors' pack-quantized; asymmetric if `zeros` is given.
 
     packed: int32 [rows, columns / 8], nibble k % 8 holds value + 8
-    scales: the weight's dtype [rows, columns / group]; zeros: int8, of the same shape
+    scales: [rows, columns / group] of the weight's dtype, or of any under a float32 weight; zeros: int8, of the same shape
     Returns row * columns + column of the first NaN or Inf, or -1.
     """
     low, high = limits or (NO_LIMITS, NO_LIMITS)
     points = np.empty((0, 0), np.int8) if zeros is None else zeros
     rows, columns = weight.shape
     fits(packed, "int32", rows, -(-columns // 8))
-    _fit_groups(rows, columns, group, (scales, weight.dtype.name), *([] if zeros is None else [(zeros, "int8")]), *_typed(limits))
+    stored = scales.dtype.name if weight.dtype == np.float32 and scales.dtype.name in EPSILON else weight.dtype.name
+    _fit_groups(rows, columns, group, (scales, stored), *([] if zeros is None else [(zeros, "int8")]), *_typed(limits))
     words = packed.view(np.uint32)
-    epsilon = np.float32(EPSILON[weight.dtype.name])
-    return int(_encode_packed(carried(weight), words, carried(scales), points, group, low, high, epsilon, infinity(weight)))
+    edges = np.float32(EPSILON[stored]), infinity(weight), infinity(scales)
+    return int(_encode_packed(carried(weight), words, carried(scales), points, group, low, high, *edges))
 
 
 def decode_packed(packed: Array, scales: Array, zeros: Array | None, out: Array, group: int) -> None:
@@ -202,16 +204,22 @@ def _unpack(words: Any, values: Any) -> None:
 
 
 @inner
-def _symmetric(low: Any, high: Any, epsilon: Any, like: Any) -> Any:
-    scale = widen(narrow(max(-low, high) / f32(7.5), like))
+def _stored(scale: Any, ceiling: Any) -> Any:
+    """A scale as it is stored, in the dtype whose Inf is `ceiling`: at most its largest value."""
+    return min(widen(narrow(scale, ceiling)), widen(carrier(ceiling - 1, ceiling)))
+
+
+@inner
+def _symmetric(low: Any, high: Any, epsilon: Any, ceiling: Any) -> Any:
+    scale = _stored(max(-low, high) / f32(7.5), ceiling)
     return scale if scale > f32(0) else epsilon
 
 
 @inner
-def _asymmetric(low: Any, high: Any, epsilon: Any, infinite: Any) -> Any:
+def _asymmetric(low: Any, high: Any, epsilon: Any, infinite: Any, ceiling: Any) -> Any:
     """(scale, zero point); a range beyond the dtype's largest counts as that."""
     extent = min(widen(narrow(high - low, infinite)), widen(carrier(infinite - 1, infinite)))
-    scale = widen(narrow(extent / f32(15), infinite))
+    scale = _stored(extent / f32(15), ceiling)
     if scale > f32(0):
         zero = _whole(_clamped(rounded(f32(-8) - rounded(low / scale, infinite), infinite), f32(-8), f32(7)))
         return scale, f32(zero)
@@ -219,7 +227,9 @@ def _asymmetric(low: Any, high: Any, epsilon: Any, infinite: Any) -> Any:
 
 
 @kernel
-def _encode_packed(weight: Any, packed: Any, scales: Any, zeros: Any, group: int, lows: Any, highs: Any, epsilon: Any, infinite: Any) -> int:
+def _encode_packed(
+    weight: Any, packed: Any, scales: Any, zeros: Any, group: int, lows: Any, highs: Any, epsilon: Any, infinite: Any, ceiling: Any
+) -> int:
     rows, columns = weight.shape
     values, clean = np.zeros(packed.shape[1] * 8, np.uint8), np.empty(group, weight.dtype)
     first = -1
@@ -233,11 +243,11 @@ def _encode_packed(weight: Any, packed: Any, scales: Any, zeros: Any, group: int
             low, high = min(low, f32(0)), max(high, f32(0))
             zero = f32(0)
             if zeros.size:
-                scale, zero = _asymmetric(low, high, epsilon, infinite)
+                scale, zero = _asymmetric(low, high, epsilon, infinite, ceiling)
                 zeros[r, g] = np.int8(zero)
             else:
-                scale = _symmetric(low, high, epsilon, infinite)
-            scales[r, g] = narrow(scale, infinite)
+                scale = _symmetric(low, high, epsilon, ceiling)
+            scales[r, g] = narrow(scale, ceiling)
             if spoiled:
                 if first < 0:
                     first = r * columns + g * group + _first(source, infinite)

@@ -90,18 +90,26 @@ def exponents_to_scales(exponents: Tensor) -> Tensor:
     return torch.where(exponents == 255, torch.nan, scales)
 
 
-def encode_packed(weight: Tensor, group: int, limits: Limits | None = None, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, int]:
-    """(packed int32, scales, zeros int8, first NaN or Inf); see int4.encode_packed. Zeros are 0 if symmetric."""
+def encode_packed(
+    weight: Tensor, group: int, limits: Limits | None = None, *, symmetric: bool, stored: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(packed int32, scales, zeros int8, first NaN or Inf); see int4.encode_packed. Zeros are 0 if symmetric.
+
+    `stored`: the scales' dtype, if not the weight's.
+    """
+    stored = stored or weight.dtype
     groups, low, high = grouped(weight, group, limits)
     low, high = low.clamp(max=0), high.clamp(min=0)
     if symmetric:
         scales, zeros = divided(torch.maximum(-low, high), 7.5), torch.zeros_like(low)
     else:
         scales = divided((high - low).clamp(max=torch.finfo(weight.dtype).max), 15)
+    scales = scales.clamp(max=torch.finfo(stored).max).to(stored).to(weight.dtype)
+    if not symmetric:
         zeros = (-8 - low / scales).nan_to_num(0.0).clamp(-8, 7).round()
-    scales = torch.where(scales == 0, torch.finfo(weight.dtype).eps, scales)
+    scales = torch.where(scales == 0, torch.finfo(stored).eps, scales)
     values = (groups.nan_to_num(0.0, torch.inf, -torch.inf) / scales[..., None] + zeros[..., None]).clamp(-8, 7).round().flatten(1)
-    return pack(values.to(torch.int32) + 8), scales, zeros.to(torch.int8), first(~weight.isfinite())
+    return pack(values.to(torch.int32) + 8), scales.to(stored), zeros.to(torch.int8), first(~weight.isfinite())
 
 
 def decode_packed(packed: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype, group: int) -> Tensor:

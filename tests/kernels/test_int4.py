@@ -16,6 +16,7 @@ VECTORS = Path(__file__).parent.parent / "vectors" / "quant"
 PACKED = np.load(VECTORS / "ct_pack_quantized.npz")
 AWQ = np.load(VECTORS / "awq_autoawq.npz")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CARRIED = {torch.bfloat16: np.dtype(np.uint16), torch.float16: np.dtype(np.float16), torch.float32: np.dtype(np.float32)}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 Limits = tuple[torch.Tensor, torch.Tensor] | None
 
@@ -35,10 +36,10 @@ def arrays(limits: Limits) -> tuple[np.ndarray, np.ndarray] | None:
     return limits and (limits[0].numpy(), limits[1].numpy())
 
 
-def packed(weight: np.ndarray, group: int, *, symmetric: bool, limits: Limits = None):
+def packed(weight: np.ndarray, group: int, *, symmetric: bool, limits: Limits = None, stored: np.dtype | None = None):
     """(packed, scales, zeros, first) from the kernel; zeros None if symmetric."""
     rows, columns = weight.shape
-    words, scales = np.full((rows, -(-columns // 8)), 7, np.int32), np.empty((rows, columns // group), weight.dtype)
+    words, scales = np.full((rows, -(-columns // 8)), 7, np.int32), np.empty((rows, columns // group), stored or weight.dtype)
     zeros = None if symmetric else np.full(scales.shape, 99, np.int8)
     return words, scales, zeros, int4.encode_packed(weight, words, scales, zeros, group, arrays(limits))
 
@@ -123,17 +124,19 @@ SPOILED = st.lists(st.tuples(st.integers(0, 10_000), st.sampled_from([torch.nan,
     groups=st.integers(1, 5),
     group=st.sampled_from([1, 8, 12, 32, 64]),
     dtype=st.sampled_from(DTYPES),
+    stored=st.sampled_from(DTYPES),
     symmetric=st.booleans(),
     limited=st.booleans(),
     seed=st.integers(0, 2**32),
     spoiled=SPOILED,
 )
-def test_packed_of_any_shape_and_dtype_is_the_reference(rows, groups, group, dtype, symmetric, limited, seed, spoiled):
+def test_packed_of_any_shape_and_dtype_is_the_reference(rows, groups, group, dtype, stored, symmetric, limited, seed, spoiled):
+    stored = stored if dtype == torch.float32 else dtype
     weight = spoil(normals(rows, groups * group, dtype, seed, (-150, 130)), spoiled)
     weight[-1, :group] = 0
     limits = (torch.full((rows, groups), -0.3), torch.full((rows, groups), 0.2)) if limited else None
-    words, scales, zeros, first = packed(array(weight), group, symmetric=symmetric, limits=limits)
-    expected = reference.encode_packed(weight, group, limits, symmetric=symmetric)
+    words, scales, zeros, first = packed(array(weight), group, symmetric=symmetric, limits=limits, stored=CARRIED[stored])
+    expected = reference.encode_packed(weight, group, limits, symmetric=symmetric, stored=stored)
     np.testing.assert_array_equal(scales, array(expected[1]))
     if zeros is not None:
         np.testing.assert_array_equal(zeros, expected[2].numpy())
@@ -215,6 +218,17 @@ def test_compressed_tensors_computes_packs_and_reads_the_same(dtype, symmetric):
         np.testing.assert_array_equal(zeros, zero.numpy())
         mine["weight_zero_point"] = torch.from_numpy(int4.pack_zeros(zeros))
     np.testing.assert_array_equal(values_of(words, scales, zeros, group), array(peer.decompress(mine, scheme)["weight"]))
+
+
+def test_scales_of_fewer_bits_than_the_weight_are_rounded_once_and_used_as_stored():
+    """compressed-tensors divides a float32 weight by a bfloat16 scale in float32."""
+    weight = normals(24, 96, torch.float32, 6, (-6, 4))
+    peer, scheme = compressor(32, symmetric=True)
+    scale = (weight.reshape(24, 3, 32).abs().amax(-1) / 7.5).bfloat16()
+    state = peer.compress({"weight": weight, "weight_scale": scale}, scheme)
+    words, scales, _, _ = packed(array(weight), 32, symmetric=True, stored=CARRIED[torch.bfloat16])
+    np.testing.assert_array_equal(scales, array(scale))
+    np.testing.assert_array_equal(words, state["weight_packed"].numpy())
 
 
 def test_a_zero_group_has_a_scale_above_zero_and_decodes_to_zeros():

@@ -132,8 +132,9 @@ def packed(device: str) -> None:
         for group, symmetric, limited in ((32, True, False), (24, False, False), (48, False, True), (8, True, True))[number % 2 :: 2]:
             limits = limits_of(weight, group) if limited else None
             edges = limits and tuple(edge.to(device) for edge in limits)
-            words, scales, zeros, bad = triton_int4.encode_packed(there, group, edges, symmetric=symmetric)
-            kept, points = array(torch.empty(scales.shape, dtype=weight.dtype)), None if symmetric else np.empty(tuple(scales.shape), np.int8)
+            stored = DTYPES[number % 2] if weight.dtype == torch.float32 else weight.dtype
+            words, scales, zeros, bad = triton_int4.encode_packed(there, group, edges, symmetric=symmetric, stored=stored)
+            kept, points = array(torch.empty(scales.shape, dtype=stored)), None if symmetric else np.empty(tuple(scales.shape), np.int8)
             ours = np.empty(tuple(words.shape), np.int32)
             assert int4.encode_packed(array(weight), ours, kept, points, group, limits and tuple(edge.numpy() for edge in limits)) == bad
             same(scales, kept)

@@ -20,7 +20,7 @@ POINTERS = {
     "codes": "*u8", "exponents": "*u8", "spoiled": "*i64", "amax": "*i32", "scale": "*fp32", "packed": "*i32", "qweight": "*i32", "qzeros": "*i32",
     "zeros": "*i8", "lows": "*fp32", "highs": "*fp32",
 }  # fmt: skip
-REALS = {"floor": "fp32", "epsilon": "fp32", "most": "fp32"}
+REALS = {"floor": "fp32", "epsilon": "fp32", "most": "fp32", "ceiling": "fp32"}
 # Rounded to nearest even, or exact; no `.ftz`, no fma, no `.approx` or `.full`
 RIGHT = re.compile(
     r"(?:add|sub|mul|div)\.rn\.f32|(?:min|max|abs)\.f(?:16|32)(?:x2)?|neg\.f32|cvt\.f32\.f16|cvt\.rn\.f32\.s32|cvt\.rzi\.s(?:8|16|32)\.f32|(?:setp|selp)\..*"
@@ -32,12 +32,12 @@ def variants() -> Iterator[tuple[Any, str, dict[str, Any]]]:
     """(kernel, scales' bits, constants)."""
     for rule, kind in (("division", "bfloat16"), ("reciprocal", "float16"), ("ue8m0", "float32")):
         yield fp8._encode_block, "*fp32", {"RULE": rule, "KIND": kind, "TALL": 16, "WIDE": 64}
-    yield int4._encode_packed, "*i16", {"KIND": "float16", "SYMMETRIC": False, "LIMITED": True, "TALL": 16, "WIDE": 64}
+    yield int4._encode_packed, "*i16", {"STORED": "float16", "KIND": "float16", "SYMMETRIC": False, "LIMITED": True, "TALL": 16, "WIDE": 64}
     yield fp8._largest, "", {"KIND": "float32", "SIZE": 1024}
     yield fp8._encode, "", {"KIND": "bfloat16", "SIZE": 1024}
     yield fp8._encode_mx, "", {"KIND": "bfloat16", "TALL": 32, "WIDE": 32}
     yield fp8._decode_block, "*fp32", {"KIND": "float16", "TALL": 8, "WIDE": 128}
-    yield int4._encode_packed, "*i32", {"KIND": "float32", "SYMMETRIC": True, "LIMITED": False, "TALL": 16, "WIDE": 64}
+    yield int4._encode_packed, "*i16", {"STORED": "bfloat16", "KIND": "float32", "SYMMETRIC": True, "LIMITED": False, "TALL": 16, "WIDE": 64}
     yield int4._decode_packed, "*i16", {"STORED": "bfloat16", "KIND": "bfloat16", "SYMMETRIC": False, "TALL": 8, "WIDE": 128}
     yield int4._encode_awq, "*i16", {"KIND": "bfloat16", "LIMITED": True, "TALL": 16, "WIDE": 64}
     yield int4._decode_awq, "*i16", {"KIND": "bfloat16", "TALL": 32, "WIDE": 32}

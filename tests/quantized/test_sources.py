@@ -13,6 +13,7 @@ import torch
 
 from glmconv import Options, convert, open_checkpoint, verify
 from glmconv.check.verify import verify_same
+from glmconv.kernels import reference
 from tests.quantized.models import as_torch, parts_of, relative_rmse, tensors_of
 from tests.roundtrip.shards import MANIFEST, Stored, copied, marks, reindexed, release, save
 
@@ -121,6 +122,38 @@ def test_an_official_release_per_channel_becomes_blocks_no_worse_than_float64_wo
     assert relative_rmse(ours.reshape(128, 256), wanted) <= relative_rmse(ideal.reshape(128, 256), wanted) * 1.001
     assert verify_same(official, tmp_path / "blocks").same
     assert verify_same(source, tmp_path / "blocks").same
+
+
+def nearest_codes(exact: torch.Tensor, target: str) -> torch.Tensor:
+    """What 4 bits in groups of 32 make of float64 values: all in float64, but for the scale, which is rounded to its stored dtype."""
+    groups = exact.reshape(-1, 32)
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    if target == "int4:g32":
+        scale = (torch.maximum(-low, high) / 7.5).bfloat16().double()
+        return ((groups / scale).clamp(-8, 7).round() * scale).reshape(exact.shape)
+    scale = ((high - low) / 15).to(torch.float16 if target == "awq:g32" else torch.bfloat16).double()
+    zero = (-low / scale).round().clamp(0, 15)
+    return ((((groups / scale) + zero).round().clamp(0, 15) - zero) * scale).reshape(exact.shape)
+
+
+@pytest.mark.parametrize("target", ["int4:g32", "int4:g32:asym", "awq:g32"])
+def test_fp8_becomes_four_bits_through_float32_once_no_worse_than_float64_would(target, made, tmp_path):
+    convert(made("fp8"), {target: tmp_path / "four"})
+    before, after = parts_of(tensors_of(made("fp8")), NAME), parts_of(tensors_of(tmp_path / "four"), NAME)
+    scale = before["weight_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
+    exact, wide = before["weight"].double() * scale.double(), before["weight"].float() * scale
+    if target == "awq:g32":
+        words, zeros, scales, _ = reference.encode_awq(wide, 32)
+        assert torch.equal(after["qweight"], words)
+        assert torch.equal(after["qzeros"], zeros)
+        assert torch.equal(after["scales"], scales)
+        values = reference.decode_awq(words, zeros, scales, torch.float32, 32)
+    else:
+        words, scales, zeros, _ = reference.encode_packed(wide, 32, symmetric=target == "int4:g32", stored=torch.bfloat16)
+        assert torch.equal(after["weight_packed"], words)
+        assert torch.equal(after["weight_scale"], scales)
+        values = reference.decode_packed(words, scales, zeros, torch.float32, 32)
+    assert relative_rmse(values, exact) <= relative_rmse(nearest_codes(exact, target), exact) * 1.002
 
 
 @pytest.mark.parametrize("target", ["fp8", "fp8:channel", "fp8:tensor", "mxfp8", "awq:g32", "int4:g32", "int4:g64:asym"])

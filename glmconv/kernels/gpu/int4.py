@@ -18,20 +18,26 @@ EIGHT = tl.constexpr(8)
 SMALLEST = tl.constexpr(168 * 2.0**-24)  # float16(1e-5)
 
 
-def encode_packed(weight: Tensor, group: int, limits: Limits | None = None, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, int]:
-    """(packed int32, scales, zeros int8, first NaN or Inf); see kernels.int4.encode_packed. Zeros are 0 if symmetric."""
+def encode_packed(
+    weight: Tensor, group: int, limits: Limits | None = None, *, symmetric: bool, stored: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(packed int32, scales, zeros int8, first NaN or Inf); see kernels.int4.encode_packed. Zeros are 0 if symmetric.
+
+    `stored`: the scales' dtype, if not the weight's.
+    """
+    stored = stored or weight.dtype
     weight, (rows, columns) = weight.contiguous(), weight.shape
     _divides(group, columns, 8)
     packed = torch.empty((rows, columns // 8), dtype=torch.int32, device=weight.device)
-    scales, spoiled = torch.empty((rows, columns // group), dtype=weight.dtype, device=weight.device), unspoiled(weight)
+    scales, spoiled = torch.empty((rows, columns // group), dtype=stored, device=weight.device), unspoiled(weight)
     zeros = torch.zeros(scales.shape, dtype=torch.int8, device=weight.device)
     if weight.numel():
-        sizes, finfo = tile(rows, group), torch.finfo(weight.dtype)
-        constants = sizes | {"KIND": KINDS[weight.dtype], "SYMMETRIC": symmetric, "LIMITED": limits is not None}
+        sizes = tile(rows, group)
+        constants = {"STORED": KINDS[stored], "KIND": KINDS[weight.dtype], "SYMMETRIC": symmetric, "LIMITED": limits is not None}
         programs = ceil_div(rows, sizes["TALL"]) * scales.shape[1]
-        edges = _edges(limits, spoiled)
-        launch(_encode_packed, programs, weight, bits(weight), packed, bits(scales), zeros, *edges, spoiled, rows, columns, group, finfo.eps,
-               finfo.max, **constants)  # fmt: skip
+        parts = bits(weight), packed, bits(scales), zeros, *_edges(limits, spoiled), spoiled
+        bounds = torch.finfo(stored).eps, torch.finfo(weight.dtype).max, torch.finfo(stored).max
+        launch(_encode_packed, programs, weight, *parts, rows, columns, group, *bounds, **constants, **sizes)
     return packed, scales, zeros, first(spoiled)
 
 
@@ -99,9 +105,9 @@ def _group(x, inside, KIND: tl.constexpr):
 
 
 @triton.jit
-def _asymmetric(low, high, epsilon, most, KIND: tl.constexpr):
+def _asymmetric(low, high, epsilon, most, ceiling, STORED: tl.constexpr, KIND: tl.constexpr):
     """(scale, zero point); kernels.int4._asymmetric says more."""
-    scale = nearest(tl.div_rn(tl.minimum(nearest(high - low, KIND), most), 15.0), KIND)
+    scale = tl.minimum(nearest(tl.div_rn(tl.minimum(nearest(high - low, KIND), most), 15.0), STORED), ceiling)
     proper = scale > 0.0
     below = rounded(tl.div_rn(low, tl.where(proper, scale, 1.0)), KIND)
     zero = whole(clamped(rounded(-8.0 - below, KIND), -8.0, 7.0)).to(tl.float32)
@@ -110,8 +116,8 @@ def _asymmetric(low, high, epsilon, most, KIND: tl.constexpr):
 
 @triton.jit
 def _encode_packed(
-    weight, packed, scales, zeros, lows, highs, spoiled, rows, columns, group, epsilon, most,
-    KIND: tl.constexpr, SYMMETRIC: tl.constexpr, LIMITED: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
+    weight, packed, scales, zeros, lows, highs, spoiled, rows, columns, group, epsilon, most, ceiling,
+    STORED: tl.constexpr, KIND: tl.constexpr, SYMMETRIC: tl.constexpr, LIMITED: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One group of TALL rows."""
     groups = columns // group
@@ -126,12 +132,12 @@ def _encode_packed(
         low, high = nearest(tl.load(lows + at, line < rows, 0.0), KIND), nearest(tl.load(highs + at, line < rows, 0.0), KIND)
     low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
     if SYMMETRIC:
-        scale = nearest(tl.div_rn(tl.maximum(-low, high), 7.5), KIND)
+        scale = tl.minimum(nearest(tl.div_rn(tl.maximum(-low, high), 7.5), STORED), ceiling)
         scale, zero = tl.where(scale > 0.0, scale, epsilon), tl.zeros_like(scale)
     else:
-        scale, zero = _asymmetric(low, high, epsilon, most, KIND)
+        scale, zero = _asymmetric(low, high, epsilon, most, ceiling, STORED, KIND)
         tl.store(zeros + at, zero.to(tl.int8), line < rows)
-    tl.store(scales + at, narrow(scale, KIND), line < rows)
+    tl.store(scales + at, narrow(scale, STORED), line < rows)
     shifted = clamped(rounded(rounded(tl.div_rn(value, scale[:, None]), KIND) + zero[:, None], KIND), -8.0, 7.0)
     nibbles = tl.reshape(whole(shifted) + 8, (TALL, WIDE // EIGHT, EIGHT)) << (4 * tl.arange(0, EIGHT))[None, None, :]
     word = tl.arange(0, WIDE // EIGHT)
