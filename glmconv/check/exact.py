@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 from glmconv.check.verify import Damage, ManifestCheck, verify_output
 from glmconv.checkpoint import Checkpoint
@@ -46,22 +47,33 @@ def verify_exact(
         )  # fmt: skip
     if started:
         started(plan.size)
+    buffers: SimpleQueue[Buffer] = SimpleQueue()  # one for each worker
+    for _ in range(workers):
+        buffers.put(Buffer(CHUNK))
+
+    def again(file: OutputFile) -> list[Damage]:
+        buffer = buffers.get()
+        try:
+            return _again(source, file, manifest, buffer, progress, stop)
+        finally:
+            buffers.put(buffer)
+
     with ThreadPoolExecutor(workers) as pool:
-        for damages in pool.map(lambda file: _again(source, file, manifest, progress, stop), plan.files):
+        for damages in pool.map(again, plan.files):
             result.damages += damages
     return result
 
 
 def _again(
-    source: Checkpoint, file: OutputFile, manifest: Manifest, progress: Callable[[int], None] | None, stop: threading.Event | None
-) -> list[Damage]:
+    source: Checkpoint, file: OutputFile, manifest: Manifest, buffer: Buffer,
+    progress: Callable[[int], None] | None, stop: threading.Event | None,
+) -> list[Damage]:  # fmt: skip
     def wrote(size: int) -> None:
         if stop is not None and stop.is_set():
             raise Interrupted(2)
         if progress:
             progress(size)
 
-    buffer = Buffer(CHUNK)
     stream = Stream(Nowhere(), -1, buffer, wrote)
     tensors = fill_file(file, source, stream, buffer, {})
     if stream.finish() == manifest.files[file.name].sha256:
