@@ -16,6 +16,7 @@ from glmconv.formats.format import FileRows, RowReader
 
 WIDE = "wide:"  # the engine reads a quantized tensor as float32 under this name, so that quantizing it anew rounds once
 RAW = "raw:"  # and a stored part as it lies under raw:SUFFIX:NAME
+QUANTIZATION = "quantization_config"  # the field of config.json
 METHODS = ("fp8", "compressed-tensors", "awq")
 FLOAT32 = BY_NAME["float32"]
 
@@ -113,7 +114,7 @@ def coded_tensors(
     model: Model, known: frozenset[str], stored: Mapping[str, FileRows], model_dtype: DType, config: Mapping[str, object], root: Path
 ) -> CodedTensors:
     """The quantized tensors among `stored`. `known`: canonical names that are left out on request; their parts are taken too."""
-    quantization = config.get("quantization_config")
+    quantization = config.get(QUANTIZATION)
     stated = quantization if isinstance(quantization, Mapping) else {}
     scale_fmt = "ue8m0" if stated.get("scale_fmt") == "ue8m0" else ""
     readers: dict[str, CodedRows] = {}
@@ -157,7 +158,7 @@ def _bases(stored: Mapping[str, FileRows]) -> dict[str, dict[str, FileRows]]:
 
 def check_method(config: Mapping[str, object], file: object) -> None:
     """UnsupportedError for a `quantization_config` of a method that no codec reads."""
-    quantization = config.get("quantization_config")
+    quantization = config.get(QUANTIZATION)
     if quantization is None:
         return
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
@@ -170,7 +171,7 @@ def check_method(config: Mapping[str, object], file: object) -> None:
 
 def config_notes(config: Mapping[str, object], readers: Mapping[str, CodedRows], file: object) -> tuple[str, ...]:
     """Where config.json and the tensors disagree on what is quantized: the tensors are believed. SourceError if none is quantized at all."""
-    quantization = config.get("quantization_config")
+    quantization = config.get(QUANTIZATION)
     if not isinstance(quantization, Mapping):
         return (f"config.json says nothing of the {len(readers):,} quantized tensors; they are decoded all the same",) if readers else ()
     if not readers:

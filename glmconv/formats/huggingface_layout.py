@@ -9,7 +9,7 @@ from glmconv.archs import field_of, preset_of
 from glmconv.codecs.codec import Codec, Grid
 from glmconv.dtypes import BY_NAME
 from glmconv.engine.plan import OutputFile, Piece, Plan, Run, SmallFile
-from glmconv.formats.coded import RAW, WIDE, CodedRows
+from glmconv.formats.coded import QUANTIZATION, RAW, WIDE, CodedRows
 from glmconv.formats.format import FileLayout, LayoutOptions, Opened, RowReader, row_size
 from glmconv.formats.graft import with_field
 from glmconv.formats.safetensors_header import write_header
@@ -18,7 +18,6 @@ from glmconv.formats.serving import SIZES, described, serving
 from glmconv.formats.side_files import CONFIG, INDEX, output_files
 
 SHARD_SIZE = 5_000_000_000
-QUANTIZATION = "quantization_config"
 Pieces = Mapping[str, Sequence[Piece]]  # canonical name -> what is stored of it
 
 

@@ -17,6 +17,7 @@ from glmconv.engine.plan import sha256
 from glmconv.errors import SourceError, UnsupportedError
 from glmconv.formats import torch_dist_layout
 from glmconv.formats.binding import canonical_dtype, expected, has_aliases, mismatch, model_dtype
+from glmconv.formats.coded import QUANTIZATION
 from glmconv.formats.common_pt import read_common
 from glmconv.formats.dcp import DcpMetadata, StoredTensor, read_metadata
 from glmconv.formats.dcp_rows import Boxes, ChunkedRows, Stretch
@@ -274,7 +275,7 @@ class Matched:
 def config_of(folder: InputFolder, origin: Origin, metadata: DcpMetadata) -> tuple[Mapping[str, object], bytes, tuple[str, ...]]:
     """config.json from the origin, else rebuilt from what the run recorded. UnsupportedError or SourceError if neither tells enough."""
     if origin.config is not None:
-        config = {name: value for name, value in origin.config.items() if name != "quantization_config"}
+        config = {name: value for name, value in origin.config.items() if name != QUANTIZATION}
         data = origin.config_bytes if len(config) == len(origin.config) else _dumped(config)
         return config, data, ()
     args, source = recorded_args(folder, metadata)

@@ -90,14 +90,6 @@ def exponents_to_scales(exponents: Array) -> Array:
     return scales
 
 
-def scales_to_exponents(scales: Array) -> Array:
-    """float32 powers of two to e8m0 bytes, NaN to 255. Raises ValueError if one is no such power: rounding is the encoder's business."""
-    exponents = ((scales.view(np.uint32) >> 23) & 0xFF).astype(np.uint8)
-    if not np.array_equal(exponents_to_scales(exponents), scales, equal_nan=True):
-        raise ValueError("scales that are not powers of two have no e8m0 form")
-    return exponents
-
-
 def floor_of(weight: Array, rule: Rule) -> np.float32:
     """What amax is at least: rounded to the weight's dtype, except in float16, where it would round to 0 and slime would divide by it."""
     floor: np.float32 = f32(1e-4 if rule == "ue8m0" else 141 * 2.0**-47 if weight.dtype == np.uint16 else 1e-12)

@@ -274,14 +274,10 @@ def test_unaligned_and_read_only_weights_are_taken():
     np.testing.assert_array_equal(encoded(shifted, (128, 128))[0], encoded(weight, (128, 128))[0])
 
 
-def test_e8m0_bytes_are_powers_of_two_and_back():
+def test_e8m0_bytes_are_powers_of_two():
     exponents = np.arange(256, dtype=np.uint8)
     scales = fp8.exponents_to_scales(exponents)
     np.testing.assert_array_equal(scales, torch.from_numpy(exponents).view(torch.float8_e8m0fnu).float().numpy())
-    np.testing.assert_array_equal(fp8.scales_to_exponents(scales), exponents)
-    for value in (0.0, -1.0, 1.5, np.inf, 2.0**-149):
-        with pytest.raises(ValueError, match="powers of two"):
-            fp8.scales_to_exponents(np.array([value], np.float32))
 
 
 def test_what_is_too_small_for_the_loops_is_refused():
