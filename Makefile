@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format soak bench clean
+.PHONY: help setup demo test lint format docs soak bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,9 @@ lint: $(INSTALLED) ## Check style, format and types
 format: $(INSTALLED) ## Sort the imports and format
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED) ## Write docs/models.md anew from the architectures' tables
+	$(BIN)/python docs/models.py
 
 soak: $(INSTALLED) ## Run crash, race and fuzz tests in their long form (hours) and write down their figures
 	@mkdir -p build

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,6 +140,11 @@ def test_the_defaults_of_a_command_are_those_in_the_document(path):
         if isinstance(option, click.Option) and option.show_default:
             shown = "resume" if option.name == "resume" and option.default else str(option.default)
             assert documented[frozenset((*option.opts, *option.secondary_opts))] == shown, option.name
+
+
+def test_the_page_of_models_is_what_the_tables_say():
+    written = runpy.run_path(str(ROOT / "docs/models.py"))["page"]()
+    assert (ROOT / "docs/models.md").read_text(encoding="utf-8") == written, "run `make docs`"
 
 
 def test_every_command_has_its_section():

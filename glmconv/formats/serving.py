@@ -77,7 +77,8 @@ def serving(model: Model, sizes: Mapping[str, int], grid_of: Callable[[str], Gri
     found = []
     for ranks in at:
         parallel = Parallel(ranks, expert)
-        first, total = "", 0
+        heads = model.sizes["heads"]
+        first, total = f"{heads} attention heads cannot be split among {ranks}" if heads % ranks else "", 0
         for name, size in sizes.items():
             tensor = model.tensors[name]
             grid = grid_of(name)

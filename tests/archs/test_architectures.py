@@ -10,8 +10,11 @@ from glmconv.archs import SPECS, Preset, Role, bind, preset_named, preset_of, pr
 from glmconv.archs.spec import ArchSpec, Move, Split, moves, record, sizes
 from glmconv.archs.table import spec_table, table_values
 from glmconv.cli.output import table
+from glmconv.codecs import codec_of
+from glmconv.dtypes import BY_NAME
 from glmconv.formats.megatron_args import to_args
 from glmconv.formats.megatron_keys import extra_states, megatron_tensors, stacked_layers
+from glmconv.formats.selection import QuantOptions, select
 
 PRESETS = [pytest.param(spec, preset, id=preset.name) for spec, preset in presets()]
 DIFFERENT = {(spec.model_type, preset.tensors): (spec, preset) for spec, preset in presets()}.values()  # GLM-5 and 5.1 are the same shapes
@@ -80,6 +83,21 @@ def test_the_table_prints_with_the_counts_of_each_preset(model_type: str) -> Non
     rows = table_values(spec.presets[0].name)["rows"]
     assert isinstance(rows, list)
     assert sum(row["count"][spec.presets[0].name] for row in rows) == spec.presets[0].tensors
+
+
+@pytest.mark.parametrize(("name", "scales", "size"), [("GLM-5.2", 59044, 755_617_140_416), ("GLM-5.3-Flash", 37338, 328_326_771_576)])
+def test_block_fp8_is_of_the_published_size_to_the_byte(name: str, scales: int, size: int) -> None:
+    """The releases' own FP8 weights: `total_size` and number of scales in the index of GLM-5.2-FP8 and GLM-5.3-Flash. So roles are as theirs."""
+    spec, preset = preset_named(name)
+    model = bind(spec, preset.config)
+    chosen = select(model, model.tensors, codec_of("fp8"), QuantOptions())
+    assert len(chosen.encoded) == scales
+    total = 0
+    for key, tensor in model.tensors.items():
+        plain = tensor.elements * (4 if tensor.dtype == "float32" else 2)
+        parts = chosen.codec.parts((tensor.shape[0], tensor.shape[1]), BY_NAME["bfloat16"]) if key in chosen.encoded else ()
+        total += sum(part.size for part in parts) or plain
+    assert total == size
 
 
 def test_splits_and_swapped_halves_are_places_too() -> None:
