@@ -70,6 +70,7 @@ MERGER = (
 )
 # fmt: on
 LANGUAGE, MEGATRON = "model.language_model.", "language_model."
+ASKED = {LANGUAGE: "model.", "model.visual.": "visual."}  # SGLang's names, which the lists of the releases' own FP8 weights have
 LAYER, DECODER = LANGUAGE + "layers.{layer}.", MEGATRON + "decoder.layers.{layer}."
 MTP_LAYER = MEGATRON + "mtp.layers.{mtp}."
 MTP_DECODER = MTP_LAYER + "transformer_layer."
@@ -138,6 +139,7 @@ SPEC = ArchSpec(
     layers=LAYERS | dict(blocks=blocks),
     optional=("mtp",),
     text="text_config",
+    asked=ASKED,
     mtp_field="text_config.num_nextn_predict_layers",
     dialects=dict(bridge="te"),
     undialected="slime, miles and Megatron-Core have no vision tower",

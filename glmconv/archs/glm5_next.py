@@ -14,6 +14,7 @@ from glmconv.archs import schedules
 from glmconv.archs.glm4_moe import BLOCK, DENSE, MODEL, MOE, MOE_NORM, MOE_RULES, MTP, NORM, hidden, moe_ffn, post_norm, shared
 from glmconv.archs.glm4_moe_lite import LATENT_CONFIG, latent_attention, q_rank
 from glmconv.archs.glm4v_moe import (
+    ASKED,
     BIAS,
     LAYER,
     MERGER,
@@ -45,16 +46,18 @@ HYPER_CONNECTIONS = tuple(
 )
 INPUT_NORM, *REST = latent_attention()
 ATTENTION = tuple(replace(row, role=PLAIN) if "kv_b_proj" in row.name else row for row in REST)  # the release leaves kv_b in bf16
+# Names that the release's own list has for parts of linear attention, fused
+FUSED = ("self_attn.qkv_proj", "self_attn.fused_qkvbfg_a_proj")
 # The release leaves every module of a linear layer in bf16: serving engines fuse most of them into one
 LINEAR_ATTENTION = (
-    Row("self_attn.q_proj.weight",   (inner, hidden),       PLAIN,      None, "attn_q.weight"),
+    Row("self_attn.q_proj.weight",   (inner, hidden),       PLAIN,      None, "attn_q.weight", asked=FUSED),
     Row("self_attn.k_proj.weight",   (inner, hidden),       PLAIN,      None, "attn_k.weight"),
     Row("self_attn.v_proj.weight",   (inner, hidden),       PLAIN,      None, "attn_v.weight"),
     Row("self_attn.q_conv1d.weight", (inner, number(1), kernel),  PARAMETER, None, "ssm_conv1d_q.weight", loose=True),
     Row("self_attn.k_conv1d.weight", (inner, number(1), kernel),  PARAMETER, None, "ssm_conv1d_k.weight", loose=True),
     Row("self_attn.v_conv1d.weight", (inner, number(1), kernel),  PARAMETER, None, "ssm_conv1d_v.weight", loose=True),
-    Row("self_attn.f_a_proj.weight", (linear_dim, hidden),  PLAIN,      None, "ssm_f_a.weight"),
-    Row("self_attn.f_b_proj.weight", (inner, linear_dim),   PLAIN,      None, "ssm_f_b.weight"),
+    Row("self_attn.f_a_proj.weight", (linear_dim, hidden),  PLAIN,      None, "ssm_f_a.weight", asked=("self_attn.forget_gate.f_a_proj",)),
+    Row("self_attn.f_b_proj.weight", (inner, linear_dim),   PLAIN,      None, "ssm_f_b.weight", asked=("self_attn.forget_gate.f_b_proj",)),
     Row("self_attn.dt_bias",         (inner,),              PARAMETER, None, "ssm_dt.bias", dtype="float32", loose=True),
     Row("self_attn.A_log",           (linear_heads,),       PARAMETER, None, "ssm_a",       dtype="float32", loose=True),
     Row("self_attn.b_proj.weight",   (linear_heads, hidden), PLAIN,     None, "ssm_beta.weight"),
@@ -163,6 +166,7 @@ SPEC = ArchSpec(
     layers=LAYERS,
     optional=("mtp", "indexed_mtp"),
     text="text_config",
+    asked=ASKED,
     mtp_field="text_config.num_nextn_predict_layers",
     dialects={},
     undialected="no trainer has linear attention with hyper-connections as GLM-5.3-Flash has them",

@@ -165,7 +165,8 @@ class Row:
     `alias` is the canonical tensor that this one repeats; releases may leave it out.
     `parallel` is how tensor parallelism splits a linear weight: its rows ("column"), its rows of KV heads, which are repeated where there are fewer
     than ranks ("kv"), its columns ("row"), or not at all ("none"). `fused` is the module that serving engines make of it and its partners, which
-    must have one form; `stacked` is how many of the fused parts lie in this one weight already, one below the other.
+    must have one form; `stacked` is how many of the fused parts lie in this one weight already, one below the other. `asked` are other paths by
+    which engines ask whether this module is quantized.
     """
 
     name: str
@@ -180,6 +181,7 @@ class Row:
     parallel: str = "column"
     fused: str = ""
     stacked: int = 1
+    asked: tuple[str, ...] = ()
 
     def megatron_place(self, dialect: str) -> Place | None:
         return self.megatron[dialect] if isinstance(self.megatron, Mapping) else self.megatron
@@ -234,7 +236,8 @@ class ArchSpec:
     the language model's own config.
     `dialects`: the name that a user gives a project's Megatron naming -> its key in the rows' cells, the first being what "auto" writes; those left
     out do not have this architecture, for the reason in `undialected`. `megatron_args`: what the arguments of a Megatron run say beside the sizes.
-    `stacked`: Megatron keeps all layers of the decoder in one tensor, with a first axis of layers.
+    `stacked`: Megatron keeps all layers of the decoder in one tensor, with a first axis of layers. `asked`: prefix of canonical names -> the prefix
+    under which engines ask for the same module.
     """
 
     model_type: str
@@ -252,4 +255,5 @@ class ArchSpec:
     undialected: str = ""
     megatron_args: Mapping[str, object] = field(default_factory=dict)
     stacked: bool = False
+    asked: Mapping[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()  # special rules, for docs/models.md

@@ -53,7 +53,7 @@ def command(ctx: click.Context, /, src: str, dst: Path | None, to: tuple[str, ..
     if dry_run:
         return show_plan(ctx, src, dst, to, options, 1)
     targets = parse_targets(to, dst)
-    downloaded(src)
+    downloaded(src, *(str(base) for base in [chosen.get("mtp_from")] if base))
     with stoppable() as stop, out.bar("convert") as (started, progress):
         done = convert(src, targets, options=options, started=started, progress=progress, stop=stop, log=out.detail)
     out.detail(f"{done.workers} workers, {done.tensors:,} tensors of {src}")

@@ -63,8 +63,15 @@ def select(model: Model, names: Iterable[str], codec: Codec, options: QuantOptio
         raise CapacityError(
             f"--to {codec.name}: not one weight would be quantized{why}.", hint="Take fp8:channel, which divides everywhere, or --ragged quantize."
         )
-    kept = sorted(t.name.removesuffix(".weight") for t in tensors if t.role in MODULES and t.name.endswith(".weight") and t.name not in encoded)
-    return Selection(codec, encoded, tuple(kept), tuple(_notes(left, chosen, codec)))
+    kept = {path for t in tensors if t.role in MODULES and t.name.endswith(".weight") and t.name not in encoded for path in paths(t, model)}
+    return Selection(codec, encoded, tuple(sorted(kept)), tuple(_notes(left, chosen, codec)))
+
+
+def paths(tensor: TensorSpec, model: Model) -> set[str]:
+    """The module's path, and others by which engines ask for it."""
+    scope = tensor.scope.name.format(**tensor.index)
+    own = {tensor.name.removesuffix(".weight"), *(scope + path for path in tensor.row.asked)}
+    return own | {other + path.removeprefix(prefix) for path in own for prefix, other in model.spec.asked.items() if path.startswith(prefix)}
 
 
 def partners(tensor: TensorSpec) -> Partners:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 
 import pytest
@@ -64,3 +65,13 @@ def test_compressed_tensors_decompresses_every_architectures_int4_to_our_bits(pr
             assert relative_rmse(tensor.read(), source[name].read()) < 0.1
             checked += 1
     assert checked > 10
+
+
+def test_modules_of_a_nested_model_are_kept_under_every_name_that_engines_ask_for(toy, tmp_path):
+    convert(toy("glm5.3-flash-321B", OPTIONS), {"fp8:8x8": tmp_path / "quantized"})
+    kept = json.loads((tmp_path / "quantized" / "config.json").read_bytes())["quantization_config"]["modules_to_not_convert"]
+    assert kept == sorted(set(kept))
+    wanted = ("self_attn.q_proj", "self_attn.fused_qkvbfg_a_proj", "self_attn.qkv_proj", "self_attn.f_a_proj", "self_attn.forget_gate.f_a_proj")
+    assert {f"{prefix}layers.0.{path}" for prefix in ("model.language_model.", "model.") for path in wanted} <= set(kept)
+    assert {"model.visual.merger.proj", "visual.merger.proj", "visual.blocks.0.attn.qkv", "model.layers.3.self_attn.kv_b_proj"} <= set(kept)
+    assert not any("q_a_proj" in path or "experts" in path for path in kept)
