@@ -43,6 +43,17 @@ class RMSNorm(WithExtraState):
         return rms_norm(x, self.weight, self.eps)
 
 
+class LayerNorm(WithExtraState):
+    def __init__(self, hidden_size: int, eps: float, params_dtype: torch.dtype, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=params_dtype))
+        self.bias = nn.Parameter(torch.empty(hidden_size, dtype=params_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
@@ -108,8 +119,9 @@ class GroupedLinear(WithExtraState):
 class DotProductAttention(WithExtraState):
     """Causal attention of [sequence, batch, heads, head size]; query heads share key and value heads group by group."""
 
-    def __init__(self, num_attention_heads: int, kv_channels: int | tuple[int, int], **_: Any) -> None:
+    def __init__(self, num_attention_heads: int, kv_channels: int | tuple[int, int], softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__()
+        self.softmax_scale = softmax_scale
         self.register_load_state_dict_post_hook(self.forgive_missing_state)
 
     @staticmethod
@@ -120,7 +132,7 @@ class DotProductAttention(WithExtraState):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, attn_mask_type: str, **_: Any) -> Tensor:
         assert attn_mask_type == "causal", attn_mask_type
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=self.softmax_scale)
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -150,7 +162,7 @@ def modules() -> dict[str, types.ModuleType]:
     tensor = module("pytorch.tensor", QuantizedTensor=Never)
     pytorch = module(
         "pytorch", Linear=Linear, LayerNormLinear=LayerNormLinear, GroupedLinear=GroupedLinear, DotProductAttention=DotProductAttention,
-        RMSNorm=RMSNorm, LayerNorm=Never, ops=ops, fp8=fp8, distributed=distributed, tensor=tensor,
+        RMSNorm=RMSNorm, LayerNorm=LayerNorm, ops=ops, fp8=fp8, distributed=distributed, tensor=tensor,
     )  # fmt: skip
     recipe = module("common.recipe", DelayedScaling=Never)
     common = module("common", recipe=recipe)
