@@ -18,6 +18,7 @@ from tests.megatron.glm_moe_dsa import GlmMoeDsa
 from tests.megatron.release import FFN, HEADS, HIDDEN, VOCAB, Shape
 
 Layout = dict[str, int]
+current: list[Layout] = []  # the one that Megatron-Core's process groups are of
 
 
 def config_of(shape: Shape, layout: Layout) -> TransformerConfig:
@@ -44,10 +45,17 @@ def layer_specs(shape: Shape, config: TransformerConfig) -> list[ModuleSpec]:
     return specs
 
 
+def parallelize(layout: Layout) -> None:
+    """Megatron-Core's process groups. A layout's stay until another is asked for: every group keeps its threads for as long as the process lives."""
+    if current != [layout]:
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(**layout, distributed_timeout_minutes=1)
+        current[:] = [layout]
+
+
 def build(shape: Shape, layout: Layout) -> GPTModel:
     """This rank's part of the model, every weight NaN: what a load leaves out stays seen."""
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(**layout, distributed_timeout_minutes=1)
+    parallelize(layout)
     config = config_of(shape, layout)
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     block, specs = get_gpt_decoder_block_spec(config, use_transformer_engine=True), layer_specs(shape, config)

@@ -128,10 +128,10 @@ def loaded(folder: Path, shape: Shape, layout: Layout) -> tuple[GPTModel, list[s
     return model, [f"{key} is not in the file" for key in absent] + [f"{key} is not asked for" for key in surplus if older not in key]
 
 
-def load(folder: Path, shape: Shape, layout: Layout, tensors: dict[str, Tensor]) -> list[str]:
+def load(folder: Path, shape: Shape, layout: Layout, tensors: dict[str, Tensor], padding: float) -> list[str]:
     """Load `folder` and compare every parameter of this rank with `tensors`, bit by bit."""
     model, problems = loaded(folder, shape, layout)
-    found = list(pieces(model, tensors, 0.0))
+    found = list(pieces(model, tensors, padding))
     compared, all_there = sum(mine.numel() for _, mine, _ in found), sum(tensor.numel() for tensor in weights(model).values())
     if compared != all_there:
         problems.append(f"{compared} of {all_there} numbers were compared")
@@ -158,7 +158,9 @@ def done(case: dict[str, str], shape: Shape, tensors: dict[str, Tensor], out: Pa
         case "save per layer":
             return save(path, shape, layout, tensors, PER_LAYER)
         case "load":
-            return load(path, shape, layout, tensors)
+            return load(path, shape, layout, tensors, 0.0)
+        case "load back":  # what Megatron-Core saved
+            return load(path, shape, layout, tensors, PADDING)
         case "run":  # what a checkpoint holds
             model, problems = loaded(path, shape, layout)
             logits(model, shape, out)

@@ -10,6 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -166,6 +167,7 @@ def tokens() -> Tensor:
     return torch.randint(VOCAB, (1, TOKENS), generator=torch.Generator().manual_seed(7))
 
 
+@cache
 @torch.no_grad()
 def reference_logits(folder: Path, shape: Shape) -> Tensors:
     """Logits [tokens, vocab] by transformers: "main" of the model, "mtp" of its MTP layer.
