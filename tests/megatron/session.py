@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,92 +15,20 @@ from torch import Tensor
 
 from glmconv.archs import SPECS
 from glmconv.convert import Options, convert
-from tests.megatron.glm4 import Glm4
-from tests.megatron.glm4_moe import Glm4Moe
-from tests.megatron.glm4_moe_lite import ROPE, Glm4MoeLite
-from tests.megatron.glm_moe_dsa import DIALECTS, INDEX_DIM, GlmMoeDsa
-from tests.megatron.release import HEADS, TOKENS, Shape, Tensors, write_release
-from tests.megatron.shapes import packed
+from tests.megatron.glm_moe_dsa import GlmMoeDsa
+from tests.megatron.mistakes import mistakes, rolled
+from tests.megatron.release import Shape, Tensors, write_release
+from tests.megatron.shapes import COMPARED, IN_FLOAT32, LAYOUTS_OF, LIKE_9B, LIKE_355B, LIKE_AIR, LIKE_FLASH, SHAPES, UNEVEN, packed
 
 ROOT = Path(__file__).parent.parent.parent
 SECONDS = 400  # for both ranks and all cases; 60 on two idle cores
 
-LIKE_355B = Glm4Moe(name="like-355B", layers=4, dense=3, qk_norm=True)
-LIKE_AIR = Glm4Moe(name="like-Air", layers=2, dense=1, qk_norm=False, shared=2)
-LIKE_FLASH = Glm4MoeLite(name="like-Flash", layers=4, dense=1)
-LIKE_9B, LIKE_32B = Glm4(name="like-9B", layers=4, bias=True), Glm4(name="like-32B", layers=2, bias=False)
-LIKE_GLM5 = {name: GlmMoeDsa(name=f"like-GLM-5.2-{name}", layers=4, dense=3, dialect=name, top_k=64, frequency=3) for name in DIALECTS}
-LAYOUTS_OF: dict[Shape, tuple[str, ...]] = {
-    LIKE_355B: ("tp1", "tp2", "pp2", "ep2", "tp2_ep2"),
-    LIKE_AIR: ("tp1", "tp2"),
-    LIKE_FLASH: ("tp1", "tp2", "pp2", "tp2_ep2"),
-    LIKE_GLM5["slime"]: ("tp1", "tp2", "pp2"),
-    LIKE_GLM5["mcore"]: ("tp1", "tp2"),
-    LIKE_GLM5["bridge"]: ("tp1", "tp2"),
-    LIKE_9B: ("tp1", "tp2", "pp2"),
-    LIKE_32B: ("tp1",),
-}
-COMPARED = [(shape, layout) for shape, layouts in LAYOUTS_OF.items() for layout in layouts]
-
-IN_FLOAT32: tuple[Shape, ...] = (
-    Glm4Moe(name="three-dense-float32", layers=4, dense=3, qk_norm=True, dtype="float32"),
-    Glm4Moe(name="one-dense-float32", layers=2, dense=1, qk_norm=False, dtype="float32"),
-    Glm4MoeLite(name="Flash-float32", layers=3, dense=1, dtype="float32"),
-    GlmMoeDsa(name="GLM-5-all-keys-float32", layers=3, dense=1, dialect="slime", top_k=TOKENS, dtype="float32"),
-    *(
-        GlmMoeDsa(
-            name=f"GLM-5.2-{name}-float32", layers=4, dense=1, dialect=name, top_k=5, frequency=3, even_query_norm=name != "bridge", dtype="float32"
-        )
-        for name in DIALECTS
-    ),
-    Glm4(name="9B-float32", layers=3, bias=True, dtype="float32"),
-    Glm4(name="32B-float32", layers=3, bias=False, dtype="float32"),
-)
-UNEVEN = GlmMoeDsa(name="uneven-query-norm-float32", layers=2, dense=1, dialect="mcore", top_k=5, dtype="float32")
-SHAPES = {shape.name: shape for shape in (*LAYOUTS_OF, *IN_FLOAT32, UNEVEN)}
 SMALL_CHUNKS = Options(chunk_size=2500, file_size=100_000)  # rows cut where no parallel layout cuts them, many files
 
 
 def known(shape: Shape) -> bool:
     """Whether glmconv has this architecture."""
     return shape.model_type in SPECS
-
-
-def rolled(key: str, heads: int, by: int) -> Callable[[Tensors], Tensors]:
-    """The tensors whose key contains `key` with each head's rows rolled."""
-    return lambda tensors: tensors | {name: t.unflatten(0, (heads, -1)).roll(by, 1).flatten(0, 1) for name, t in tensors.items() if key in name}
-
-
-def exchanged(a: str, b: str) -> Callable[[Tensors], Tensors]:
-    """Every tensor named `a` for the one named `b`."""
-    return lambda tensors: tensors | {name: tensors[name.replace(a, b)] for name in tensors if a in name}
-
-
-def all_rolled(tensors: Tensors, keys: tuple[str, ...], by: int) -> Tensors:
-    for key in keys:
-        heads = next(t.shape[0] for name, t in tensors.items() if key in name) // INDEX_DIM
-        tensors = rolled(key, heads, by)(tensors)
-    return tensors
-
-
-def mistakes(shape: Shape) -> dict[str, Callable[[Tensors], Tensors]]:
-    """Errors of a key map that keep every shape: logits must tell them."""
-    if isinstance(shape, Glm4MoeLite):
-        return {
-            "rotated rows first": rolled("linear_q_up_proj.weight", HEADS, ROPE),
-            "values first": rolled("linear_kv_up_proj.weight", HEADS, 1),
-        }
-    if isinstance(shape, GlmMoeDsa):
-        indexer = DIALECTS[shape.dialect].indexer
-        keys = tuple(f".{indexer[name]}." for name in ("wq_b", "wk", "k_norm"))
-        by = -ROPE if DIALECTS[shape.dialect].rope_first else ROPE
-        return {"the other dialects' order of rows": lambda tensors: all_rolled(tensors, keys, by)} if shape.top_k < TOKENS else {}
-    if isinstance(shape, Glm4):
-        return {
-            "post norms exchanged": exchanged("post_self_attn_layernorm", "post_mlp_layernorm"),
-            "heads in another order": rolled("linear_qkv.weight", 1, 32),
-        }
-    return {"heads in another order": rolled("linear_qkv.weight", 1, 32)}
 
 
 @dataclass(frozen=True)
@@ -155,13 +82,13 @@ def make(made: Made) -> None:
     ]
     cases += [case("fp8", "load", LIKE_AIR, "tp2", made.folder / "fp8-written" / "release", "fp8")]
     cases += [case(f"run {shape.name}", "run", shape, "tp1", made.written(shape) / "release") for shape in IN_FLOAT32 if known(shape)]
-    for shape in (*IN_FLOAT32, UNEVEN):
-        cases += [case(f"fill {shape.name}", "fill", shape, "tp1", made.folder)]
+    cases += [case(f"fill {shape.name}", "fill", shape, "tp1", made.folder) for shape in (*IN_FLOAT32, UNEVEN)]
+    for shape in IN_FLOAT32:
         for mistake, make_it in mistakes(shape).items():
             name = f"{shape.name}, {mistake}"
             tensors[name] = make_it(tensors[shape.name])
             cases += [case(name, "fill", shape, "tp1", made.folder, name)]
-    tensors["swapped"] = rolled("decoder.layers.0.self_attention.linear_qkv.weight", 1, 32)(tensors[LIKE_AIR.name])
+    tensors["swapped"] = rolled("decoder.layers.0.self_attention.linear_qkv.weight", heads=1, by=32)(tensors[LIKE_AIR.name])
     cases += [case("swapped", "load", LIKE_AIR, "tp1", made.written(LIKE_AIR) / "release", "swapped")]
     cases.sort(key=lambda case: case["layout"])  # the ranks change their process groups as seldom as can be
     for shape, layouts in LAYOUTS_OF.items():

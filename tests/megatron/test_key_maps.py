@@ -12,8 +12,10 @@ pytest.importorskip("megatron.core")
 pytest.importorskip("psutil")  # without it Megatron-Core's save waits for ever
 pytest.importorskip("transformers")
 
+from tests.megatron.mistakes import mistakes
 from tests.megatron.release import Shape, reference_logits
-from tests.megatron.session import COMPARED, IN_FLOAT32, LAYOUTS_OF, UNEVEN, Made, mistakes
+from tests.megatron.session import Made
+from tests.megatron.shapes import COMPARED, IN_FLOAT32, LAYOUTS_OF, UNEVEN
 
 TOLERANCE = 1e-5  # 1e-6 to 3e-6 seen, at logits up to 4
 

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from glmconv.checkpoint import open_checkpoint
 from glmconv.convert import Options, convert
 from tests.megatron.release import Shape, reference_logits
-from tests.megatron.session import COMPARED, IN_FLOAT32, LIKE_9B, LIKE_355B, LIKE_AIR, Made, known
+from tests.megatron.session import Made, known
+from tests.megatron.shapes import COMPARED, IN_FLOAT32, LIKE_9B, LIKE_355B, LIKE_AIR
 
 KNOWN = [(shape, layout) for shape, layout in COMPARED if known(shape)]
 
