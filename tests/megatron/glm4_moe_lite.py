@@ -26,8 +26,8 @@ class LatentShape(MoeShape):
     def megatron_config(self) -> dict[str, Any]:
         return self.megatron_moe() | dict(
             multi_latent_attention=True, q_lora_rank=Q_RANK, kv_lora_rank=KV_RANK, qk_head_dim=NOPE, qk_pos_emb_head_dim=ROPE, v_head_dim=V_DIM,
-            kv_channels=NOPE, rope_type="rope", rotary_base=10000, rotary_percent=1.0, rotary_scaling_factor=1.0, layernorm_epsilon=EPSILON,
-            qk_layernorm=True,
+            kv_channels=NOPE, rope_type="rope", rotary_base=10000, rotary_percent=1.0, rotary_scaling_factor=1.0, mscale_all_dim=1.0,
+            layernorm_epsilon=EPSILON, qk_layernorm=True,
         )  # fmt: skip
 
     def latent_attention(self, hf: Mapping[str, Tensor], name: str, key: str, q_norm: str, kv_norm: str) -> Tensors:

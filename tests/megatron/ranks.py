@@ -106,6 +106,13 @@ def arguments(shape: Shape, layout: Layout) -> argparse.Namespace:
     )  # fmt: skip
 
 
+def other_arguments(folder: Path, shape: Shape) -> list[str]:
+    """What a checkpoint's args tell otherwise than a run of this model, of all that both tell. Its vocabulary may be padded less."""
+    told, run = (vars(args) for args in (torch.load(folder / "common.pt", weights_only=False)["args"], arguments(shape, {})))
+    both = told.keys() & run.keys() - {"padded_vocab_size"}
+    return [f"args.{name} is {told[name]!r}, not {run[name]!r}" for name in sorted(both) if told[name] != run[name]]
+
+
 ARGUMENTS = """
     num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels moe_ffn_hidden_size moe_shared_expert_intermediate_size
     moe_layer_freq moe_router_topk moe_router_topk_scaling_factor moe_router_score_function moe_router_enable_expert_bias moe_router_pre_softmax
@@ -158,7 +165,7 @@ def done(case: dict[str, str], shape: Shape, tensors: dict[str, Tensor], out: Pa
         case "save per layer":
             return save(path, shape, layout, tensors, PER_LAYER)
         case "load":
-            return load(path, shape, layout, tensors, 0.0)
+            return load(path, shape, layout, tensors, 0.0) + other_arguments(path, shape)
         case "load back":  # what Megatron-Core saved
             return load(path, shape, layout, tensors, PADDING)
         case "run":  # what a checkpoint holds
