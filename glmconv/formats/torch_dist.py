@@ -282,9 +282,10 @@ def config_of(folder: InputFolder, origin: Origin, metadata: DcpMetadata) -> tup
     if args is None:
         raise SourceError("has no config.json beside it, and no common.pt or run_config.yaml to rebuild one from.", file=folder.root,
                           hint="Name the model's release with --origin DIR or --origin zai-org/....")  # fmt: skip
-    if args.get("multi_latent_attention") or args.get("q_lora_rank"):
+    kind = "with latent attention" if args.get("multi_latent_attention") or args.get("q_lora_rank") else "without experts"
+    if kind != "without experts" or not (args.get("num_experts") or args.get("num_moe_experts")):
         raise UnsupportedError(
-            f"{source} describes a model with latent attention, whose config is not rebuilt.", file=folder.root, hint="Pass --origin."
+            f"{source} describes a model {kind}, whose config is not rebuilt.", file=folder.root, hint="Name the model's release with --origin."
         )
     config = to_config(args) | {"torch_dtype": weights_dtype(metadata)}
     missing = [name for name in ("hidden_size", "num_hidden_layers", "vocab_size", "n_routed_experts", "first_k_dense_replace") if name not in config]

@@ -189,8 +189,3 @@ def test_a_release_without_an_index_is_read_as_it_lies(source, tmp_path, glmconv
     (source / INDEX).unlink()
     assert glmconv("convert", source, tmp_path / "there", "--to", "torch_dist").code == 0
     assert glmconv("verify", source, tmp_path / "there").code == 0
-
-
-def test_an_mtp_layer_that_is_missing_may_be_dropped(source, tmp_path, glmconv):
-    next(bad for bad in BAD if bad.name == "an MTP layer that is missing").change(source)
-    assert glmconv("convert", source, tmp_path / "there", "--to", "torch_dist", "--mtp", "drop").code == 0
