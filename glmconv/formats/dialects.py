@@ -47,7 +47,7 @@ def read_as(spec: ArchSpec, asked: str, found: Callable[[str], int], file: objec
     counts = {dialect: found(dialect) for dialect in dict.fromkeys(spec.dialects.values())}
     best = max(counts.values())
     fit = [dialect for dialect, count in counts.items() if count == best]
-    if len(fit) > 1:
+    if len(fit) > 1 and best:
         names = [name for name, dialect in spec.dialects.items() if dialect in fit]
         raise SourceError(
             f"could be of several Megatron dialects ({', '.join(names)}), which order rows differently.", file=file,

@@ -14,7 +14,7 @@ from glmconv.archs import field_of, preset_named
 from glmconv.convert import plan
 from glmconv.errors import Interrupted
 from tests.conftest import EACH, IN_MEGATRON, ONE_OF_EACH
-from tests.loading import logits
+from tests.loading import loaded, logits
 from tests.roundtrip.shards import INDEX, Stored, Surgery, contents, copied, home, load, reindexed, release
 
 TARGETS = [(name, "torch_dist") for name in IN_MEGATRON] + [(name, "hf") for name in ONE_OF_EACH] + [(name, "fp8:8x8") for name in ONE_OF_EACH]
@@ -53,6 +53,17 @@ def test_transformers_loads_a_toy_whole_and_gives_the_same_logits_after_a_round_
     assert before.std() > 1e-3
     assert not torch.equal(before[0], before[1])
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("preset", ONE_OF_EACH)
+def test_a_fine_tune_that_transformers_saved_is_converted(preset, toy, tmp_path):
+    loaded(toy(preset, EACH), dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
+    way = "torch_dist" if preset in IN_MEGATRON else "hf"
+    convert(tmp_path / "saved", {way: tmp_path / "there", "fp8:channel": tmp_path / "quantized"})
+    convert(tmp_path / "there", {"hf": tmp_path / "back"})
+    assert verify(tmp_path / "saved", tmp_path / "quantized").same
+    assert torch.equal(logits(tmp_path / "saved"), logits(tmp_path / "back"))
+    assert torch.equal(logits(tmp_path / "saved"), logits(toy(preset, EACH)))
 
 
 @pytest.mark.parametrize(("preset", "target"), TARGETS)
