@@ -24,7 +24,10 @@ def grafted(opened: Opened, base: Opened) -> Opened:
     """
     spec, layers = opened.model.spec, base.model.sizes.get("mtp", 0)
     if opened.dropped:
-        raise UsageError(f"{opened.path} has MTP layers of its own; --mtp-from would replace them.", hint="Leave --mtp-from out, or pass --mtp drop.")
+        raise UsageError(
+            f"{opened.path} has MTP layers of its own; --mtp-from would replace them.",
+            hint="Leave --mtp-from out, or write a copy with --mtp drop first.",
+        )
     if base.model.spec is not spec:
         raise SourceError(f"is {base.model.spec.model_type}, not {spec.model_type}: its MTP layers do not fit.", file=base.path)
     if not layers:
