@@ -14,6 +14,7 @@ from glmconv.check.compare import Comparison, Difference, compare
 from glmconv.checkpoint import open_checkpoint, resolve, unfinished
 from glmconv.dtypes import BY_NAME
 from glmconv.engine.files import Disk
+from glmconv.engine.journal import BESIDE, final_path
 from glmconv.engine.manifest import Manifest, load_manifest
 from glmconv.errors import Interrupted, SourceError
 from glmconv.formats import FORMATS
@@ -88,7 +89,7 @@ def _check_file(
 ) -> list[Damage]:
     wanted = manifest.files[name]
     try:
-        fd = disk.open(root / name)
+        fd = disk.open(final_path(root, name))
     except OSError as problem:
         return [Damage(name, "is missing" if isinstance(problem, FileNotFoundError) else f"cannot be read: {problem.strerror}")]
     try:
@@ -132,6 +133,8 @@ def _damaged_tensors(disk: Disk, fd: int, manifest: Manifest, name: str) -> list
 
 def _strangers(disk: Disk, root: Path, manifest: Manifest) -> list[str]:
     """Weight files in the output's folders that the manifest does not know: a loader's glob would read them."""
+    if any(name.startswith(BESIDE) for name in manifest.files):
+        return []  # the files beside an output that is a file are others'
     folders = {name.rpartition("/")[0] for name in manifest.files} | {""}
     found = []
     for folder in sorted(folders):

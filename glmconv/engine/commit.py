@@ -58,7 +58,8 @@ class Destination:
         self.disk.sync_folder(layout.state)
         self.disk.sync_folder(layout.root)
         self._sync_parents()
-        subfolders = {layout.final(name).parent for name in [f.name for f in self.plan.files] + [m.name for m in self.plan.marks]} - {layout.root}
+        subfolders = {layout.final(name).parent for name in [f.name for f in self.plan.files] + [m.name for m in self.plan.marks]}
+        subfolders -= {layout.root, layout.root.parent}
         for folder in sorted(subfolders):  # only once the claim is durable: without it they would be someone else's
             self._make_folder(folder)
         if subfolders:

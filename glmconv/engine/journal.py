@@ -4,6 +4,11 @@
     OUT/.glmconv/<plan id>.tmp/            staged files
     OUT/.glmconv/<plan id>.journal/        a record per finished file
 
+An output that is a file, not a folder, has such a folder of its own beside it, and its files' names in the plan begin with `../`:
+
+    A.gguf                                 the output
+    A.gguf.glmconv/                        OUT: state and manifest
+
 Every document is canonical JSON whose first member is the sha256 of all its other bytes: a flipped bit anywhere shows.
 """
 
@@ -24,6 +29,8 @@ RECORD_FORMAT = "glmconv record 1"
 STATE = ".glmconv"
 VALUES = 1 << 24  # a manifest has some 14 for each stored piece, and a large model cut into small chunks has a million pieces
 MANIFEST = "glmconv_manifest.json"
+BESIDE = "../"
+FOLDER_OF_FILE = ".glmconv"  # what follows the name of an output file in the name of its folder
 CLAIM_LIMIT = 1 << 28
 RECORD_LIMIT = 1 << 28
 SEAL = re.compile(rb'\{"digest":"([0-9a-f]{64})",')
@@ -58,7 +65,7 @@ class Layout:
         return self.root / MANIFEST
 
     def final(self, name: str) -> Path:
-        return self.root / name
+        return final_path(self.root, name)
 
     def record(self, name: str) -> Path:
         return self.journal / f"{flat(name)}.json"
@@ -76,14 +83,36 @@ def flat(name: str) -> str:
     return name.replace("%", "%25").replace("/", "%2F")
 
 
-def checked_name(name: object, file: object = None) -> str:
-    """`name` if it is one component, or a folder and one; SourceError if it could lead out of the folder or upset a terminal."""
+def final_path(root: Path, name: str) -> Path:
+    """Where a file of the output in `root` lies: in it, or beside it."""
+    return root.parent / name.removeprefix(BESIDE) if name.startswith(BESIDE) else root / name
+
+
+def folder_of_file(path: Path) -> Path:
+    """The folder of an output that is the file `path`."""
+    return path.with_name(path.name + FOLDER_OF_FILE)
+
+
+def checked_name(name: object, root: Path, file: object = None) -> str:
+    """`name` if it is one component, or a folder and one, or a file of the same beginning beside `root`.
+
+    SourceError if it could lead anywhere else or upset a terminal.
+    """
     if not isinstance(name, str):
         raise SourceError("a file name is not a string.", file=file)
+    if name.startswith(BESIDE) and lies_beside(name.removeprefix(BESIDE), root):
+        return name
     parts = name.split("/")
-    if len(parts) > 2 or not all(good_component(part) for part in parts) or parts[0] == STATE or name == MANIFEST:
+    if name.startswith(BESIDE) or len(parts) > 2 or not all(good_component(part) for part in parts) or parts[0] == STATE or name == MANIFEST:
         raise SourceError(f"{printable(name)!r} is not a name for a file of an output.", file=file)
     return name
+
+
+def lies_beside(name: str, root: Path) -> bool:
+    """Whether a file may be one of the output in `root` that lies beside it: `A-00001-of-00002.gguf` beside `A.gguf.glmconv`."""
+    stem = Path(root.name.removesuffix(FOLDER_OF_FILE)).stem
+    own = root.name.endswith(FOLDER_OF_FILE) and bool(stem) and name != root.name
+    return own and name.startswith(stem) and good_component(name) and "/" not in name
 
 
 def good_component(part: str) -> bool:

@@ -86,7 +86,7 @@ def load_manifest(disk: Disk, root: Path) -> Manifest:
     to, version = document["to"], document["version"]
     if not isinstance(to, str) or not isinstance(version, str) or len(to) > 256 or len(version) > 256:
         raise SourceError("to or version is not a short string.", file=path)
-    files = {checked_name(name, path): stored_file(entry, path) for name, entry in mapping(document, "files", path).items()}
+    files = {checked_name(name, root, path): stored_file(entry, path) for name, entry in mapping(document, "files", path).items()}
     tensors = {name: manifest_tensor(entry, path, name, files) for name, entry in mapping(document, "tensors", path).items()}
     options, source = mapping(document, "options", path), mapping(document, "source", path)
     return Manifest(digest_field(document, "plan_id", path), to, version, options, source, files, tensors, digest_field(document, "digest", path))

@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 
 from glmconv.engine.files import Disk
-from glmconv.engine.journal import STATE, Layout, checked_name, claimed_by
+from glmconv.engine.journal import BESIDE, STATE, Layout, checked_name, claimed_by, final_path
 from glmconv.engine.manifest import load_manifest
 from glmconv.engine.plan import Plan
 from glmconv.errors import CapacityError, DestinationError, GlmconvError, SourceError, UsageError, printable
@@ -20,10 +20,15 @@ SLACK = 100  # one byte in so many is added for folders, records and the filesys
 
 @dataclass(frozen=True)
 class Target:
-    """One output: what is to be written, and the folder for it."""
+    """One output: what is to be written, and the folder for it (beside the files, if its files lie beside it)."""
 
     plan: Plan
     root: Path
+
+    @property
+    def outside(self) -> list[Path]:
+        """Files of the output that lie beside its folder."""
+        return [final_path(self.root, file.name) for file in self.plan.files if file.name.startswith(BESIDE)]
 
 
 class State(Enum):
@@ -65,8 +70,11 @@ def resolved(target: Target) -> Target:
 def state_of(target: Target, disk: Disk, *, resume: bool = True, overwrite: bool = False) -> State:
     """What is in the destination. DestinationError if that is something else's and is not to be moved aside."""
     root, hint = target.root, "Choose another folder or pass --overwrite (it moves this one aside)."
+    there = next((path for path in target.outside if present(path, disk)), None)
     if not present(root, disk):
-        return State.EMPTY
+        if there is not None and not overwrite:
+            raise DestinationError("is there already.", file=there, hint="Choose another name or pass --overwrite (it moves the file aside).")
+        return State.EMPTY if there is None else State.FOREIGN
     if not disk.status(root).folder:
         raise DestinationError("is not a folder.", file=root, hint="Choose another destination.")
     if is_finished(target, disk):
@@ -80,12 +88,13 @@ def state_of(target: Target, disk: Disk, *, resume: bool = True, overwrite: bool
         if resume:
             return State.BEGUN
         raise DestinationError("holds the unfinished output of the same conversion.", file=root, hint="Resume it, or pass --overwrite.")
-    if owner is None and not names:
+    if owner is None and not names and there is None:
         return State.EMPTY  # a claim that was never made leaves only empty folders
     if overwrite:
         return State.FOREIGN
     if owner is None:
-        raise DestinationError(f"is not empty ({printable(names[0], 80)}) and holds no output of this conversion.", file=root, hint=hint)
+        inside = printable(names[0], 80) if names else f"{there} is there already"
+        raise DestinationError(f"is not empty ({inside}) and holds no output of this conversion.", file=root, hint=hint)
     raise DestinationError("holds the output of another conversion.", file=root, hint=hint)
 
 
@@ -95,14 +104,14 @@ def is_finished(target: Target, disk: Disk) -> bool:
         manifest = load_manifest(disk, target.root)
         if manifest.plan_id != target.plan.id:
             return False
-        return all(disk.status(target.root / name).size == file.size for name, file in manifest.files.items())
+        return all(disk.status(final_path(target.root, name)).size == file.size for name, file in manifest.files.items())
     except (SourceError, OSError):
         return False
 
 
 def refuse_wrong_names(target: Target) -> None:
     """A plan with two pieces or files of one name would lose one of them: that is a bug of the format that planned it."""
-    names = [checked_name(f.name) for f in target.plan.files] + [checked_name(m.name) for m in target.plan.marks]
+    names = [checked_name(name, target.root) for name in [f.name for f in target.plan.files] + [m.name for m in target.plan.marks]]
     pieces = [p.name for f in target.plan.files for p in f.pieces if p.digested]
     for kind, found in (("files", names), ("tensors", pieces)):
         if len(set(found)) != len(found):

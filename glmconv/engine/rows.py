@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from glmconv.dtypes import BY_NAME
 from glmconv.encoding import Encoding
-from glmconv.engine.plan import Piece, RowSource
+from glmconv.engine.plan import Piece, RowSource, Run
 from glmconv.engine.stream import Buffer, Stream
 from glmconv.errors import SourceError
 from glmconv.kernels.nonfinite import first_nonfinite
@@ -29,15 +29,18 @@ def copy_rows(piece: Piece, source: RowSource, stream: Stream, buffer: Buffer, n
 
 
 def encode_rows(piece: Piece, source: RowSource, stream: Stream, buffer: Buffer, nonfinite: dict[str, int]) -> Encoding:
-    """The rows of the piece's one run through its encoder: part 0 into the stream if it goes out as it is made. SourceError names NaN and Inf."""
-    encoder, (run,) = piece.encoder, piece.runs
+    """The rows of the piece's runs through its encoder: part 0 into the stream if it goes out as it is made. SourceError names NaN and Inf.
+
+    All runs have rows of one size, and of several each is a multiple of the encoder's unit.
+    """
+    encoder = piece.encoder
     assert encoder is not None
-    row, out_row = source.row_size(run.tensor), encoder.row_bytes
+    row, out_row = source.row_size(piece.runs[0].tensor), encoder.row_bytes
     batch = max(1, len(buffer.view) // max(row, out_row) // encoder.unit) * encoder.unit
     buffer.call_in()
     encoding = encoder.begin(buffer.lend)
 
-    def judge(at: int, start: int) -> None:
+    def judge(at: int, run: Run, start: int) -> None:
         if at >= 0:
             line, column = divmod(at, piece.columns)
             if encoder.strict:
@@ -48,16 +51,19 @@ def encode_rows(piece: Piece, source: RowSource, stream: Stream, buffer: Buffer,
             nonfinite.setdefault(run.tensor, run.start + start + line)
 
     for look in (True, False) if encoder.looks else (False,):
-        for start in range(0, run.rows, batch):
-            rows = min(batch, run.rows - start)
-            values = buffer.second(rows * row)
-            read(source, run.tensor, run.start + start, values)
-            if look:
-                judge(encoding.look(values), start)
-                continue
-            out = stream.space(rows * out_row)[: rows * out_row] if out_row else memoryview(b"")
-            judge(encoding.encode(start, values, out), start)
-            stream.took(len(out))
+        done = 0
+        for run in piece.runs:
+            for start in range(0, run.rows, batch):
+                rows = min(batch, run.rows - start)
+                values = buffer.second(rows * row)
+                read(source, run.tensor, run.start + start, values)
+                if look:
+                    judge(encoding.look(values), run, start)
+                    continue
+                out = stream.space(rows * out_row)[: rows * out_row] if out_row else memoryview(b"")
+                judge(encoding.encode(done + start, values, out), run, start)
+                stream.took(len(out))
+            done += run.rows
     return encoding
 
 

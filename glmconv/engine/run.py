@@ -17,7 +17,7 @@ from glmconv.engine.jobs import Job
 from glmconv.engine.journal import MANIFEST, Record, claimed_by, load_record
 from glmconv.engine.manifest import manifest_of
 from glmconv.engine.plan import OutputFile, RowSource, sha256
-from glmconv.engine.preflight import State, Target, is_finished, preflight, resolved, state_of
+from glmconv.engine.preflight import State, Target, is_finished, preflight, present, resolved, state_of
 from glmconv.engine.queue import JobQueue, StoreQueue, open_queue
 from glmconv.engine.stream import Buffer
 from glmconv.errors import DestinationError, Interrupted, OutputError, SourceError
@@ -179,7 +179,7 @@ class Crew:
             disk, target = place.to.disk, place.target
             if overwrite and state_of(target, disk, resume=resume, overwrite=True) is State.FOREIGN:
                 if self.leads:
-                    place.moved_aside = move_aside(disk, target.root)
+                    place.moved_aside = aside(disk, target)
                 else:
                     self.wait(lambda disk=disk, target=target: _claimed(disk, target))  # type: ignore[misc]
             place.to.claim()
@@ -346,16 +346,22 @@ def unlooked(error: OSError, targets: Sequence[Target]) -> Exception:
     return OutputError(f"cannot be looked at: {error.strerror or error}.", file=place, hint="Check the disk, then run the same command again.")
 
 
+def aside(disk: Disk, target: Target) -> Path:
+    """Move a destination aside, its folder first: a manifest must not stay where what it vouches for is gone. What the user named is returned."""
+    moved = [move_aside(disk, path) for path in (target.root, *target.outside) if present(path, disk)]
+    return moved[-1]
+
+
 def move_aside(disk: Disk, root: Path) -> Path:
     """Rename a destination to the first free `NAME.bak-N`; nothing is deleted."""
     for number in range(1, 10_000):
-        aside = root.with_name(f"{root.name}.bak-{number}")
+        other = root.with_name(f"{root.name}.bak-{number}")
         try:
-            disk.status(aside)
+            disk.status(other)
         except FileNotFoundError:
-            disk.rename(root, aside)
+            disk.rename(root, other)
             disk.sync_folder(root.parent)
-            return aside
+            return other
     raise DestinationError("has 9,999 backups already.", file=root, hint="Remove some of them.")
 
 

@@ -80,10 +80,11 @@ def inverted(data: bytes) -> bytes:
     return bytes(byte ^ 0xFF for byte in data)
 
 
-def halves(name: str, run: Run) -> tuple[Piece, Piece]:
+def halves(name: str, *runs: Run) -> tuple[Piece, Piece]:
     """The two pieces that a tensor of rows becomes."""
-    encoder, size = Halves(run.rows), run.rows * ROW // 2
-    return Piece(f"{name}.0", "uint8", (size,), size, (run,), encoder=encoder), Piece(f"{name}.1", "uint8", (size,), size, encoder=encoder, part=1)
+    rows = sum(run.rows for run in runs)
+    encoder, size = Halves(rows), rows * ROW // 2
+    return Piece(f"{name}.0", "uint8", (size,), size, runs, encoder=encoder), Piece(f"{name}.1", "uint8", (size,), size, encoder=encoder, part=1)
 
 
 class MadeSource:
@@ -126,13 +127,20 @@ def made_plan(label: str = "made", rows: int = 64, files: int = 3) -> Plan:
     everything = (
         OutputFile("shard-00001", f"header of {label}".encode(), (piece("a", Run("a", 0, rows), equals=("tied",)), piece("b.upper", upper))),
         OutputFile("shard-00002", b"", (piece("c", Run("c", 0, half), lower, framed=True), notes)),
-        OutputFile("folder/part", b"h" * 700, (piece("d", Run("d", 0, rows)), *halves("e", Run("e", 1, rows - 1)))),
+        OutputFile("folder/part", b"h" * 700, (piece("d", Run("d", 0, rows)), *halves("e", Run("e", 1, half // 5 * 5), Run("d", 0, half)))),
         OutputFile("words", b"", (words,)),
     )
     chosen = everything[:files]
     marks = (SmallFile("index.json", b'{"index":1}'), SmallFile("config.json", b'{"of":"' + label.encode() + b'"}'), SmallFile("latest", b"release"))
     source = {"format": "made", "files": {"made": [rows * ROW * len(TENSORS), "0" * 64]}, "commit": None}
     return Plan("made", {"label": label}, source, chosen, marks)
+
+
+def file_plan(label: str = "made", rows: int = 64) -> Plan:
+    """Two files that lie beside their folder, as an output does that is split in two, and no marks."""
+    made = made_plan(label, rows, files=3)
+    files = tuple(OutputFile(f"../made-{number}.gguf", file.header, file.pieces) for number, file in enumerate(made.files[1:]))
+    return Plan(made.to, made.options, made.source, files)
 
 
 def expected_file(file: OutputFile, source: MadeSource) -> bytes:

@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from glmconv.engine import journal
-from glmconv.engine.journal import MANIFEST, STATE, Layout
+from glmconv.engine.journal import BESIDE, MANIFEST, STATE, Layout, final_path
 from glmconv.engine.manifest import load_manifest
 from glmconv.engine.plan import Plan, sha256
 from glmconv.engine.run import Target, run
 from tests.engine.aftermath import OUTCOMES
-from tests.engine.made import CHUNK, MadeSource, expected, made_plan
+from tests.engine.made import CHUNK, MadeSource, expected, file_plan, made_plan
 from tests.engine.simulated import PowerLoss, SimulatedDisk
 
 SIM = Path("/sim")
+FILE = SIM / "made.gguf.glmconv"
 KILLED = "killed"
 AGAIN = 0.5  # how often a recovery is crashed too
 RECOVERIES = 3
@@ -53,7 +54,7 @@ def say(line: str) -> None:
 
 
 def written_in(root: Path, truth: Mapping[str, bytes]) -> dict[Path, bytes]:
-    return {root / name: content for name, content in truth.items()}
+    return {final_path(root, name): content for name, content in truth.items()}
 
 
 def finished(targets: Sequence[Target], source: MadeSource) -> SimulatedDisk:
@@ -70,14 +71,15 @@ def truth_of(plan: Plan, source: MadeSource) -> dict[str, bytes]:
     """Each file of the finished output: contents put together without the engine, and the manifest of a run without faults, checked by hand."""
     if plan.id not in _truths:
         truth = dict(expected(plan, source))
-        disk = finished([Target(plan, SIM / "truth")], source)
-        manifest = load_manifest(disk, SIM / "truth")
+        root = FILE if plan.files[0].name.startswith(BESIDE) else SIM / "truth"
+        disk = finished([Target(plan, root)], source)
+        manifest = load_manifest(disk, root)
         assert {name: (file.size, file.sha256) for name, file in manifest.files.items()} == {name: (len(c), sha256(c)) for name, c in truth.items()}
         assert manifest.plan_id == plan.id
         for name, tensor in manifest.tensors.items():
             size = next(p.payload for f in plan.files for p in f.pieces if p.name == name)
             assert sha256(truth[tensor.file][tensor.offset : tensor.offset + size]) == tensor.sha256, name
-        content = disk.content(SIM / "truth" / MANIFEST)
+        content = disk.content(root / MANIFEST)
         assert content is not None
         _truths[plan.id] = truth | {MANIFEST: content}
     return _truths[plan.id]
@@ -125,7 +127,19 @@ def overwrite() -> Scene:
     return Scene("overwrite", (Target(made_plan("new", files=2), SIM / "out"),), source, disk, old=survives, overwrite=True)
 
 
-SCENES: tuple[Callable[[], Scene], ...] = (one_target, new_folders, two_targets, damaged, overwrite, two_workers)
+def beside() -> Scene:
+    """An output that is two files, their state in a folder beside them."""
+    return Scene("beside", (Target(file_plan(), FILE),), MadeSource(), SimulatedDisk())
+
+
+def overwrite_beside() -> Scene:
+    old, source = file_plan("old"), MadeSource()
+    disk = finished([Target(old, FILE)], source)
+    survives = written_in(FILE, truth_of(old, source))
+    return Scene("overwrite beside", (Target(file_plan("new"), FILE),), source, disk, old=survives, overwrite=True)
+
+
+SCENES: tuple[Callable[[], Scene], ...] = (one_target, new_folders, two_targets, damaged, overwrite, two_workers, beside, overwrite_beside)
 
 
 def flip(data: bytearray) -> None:
@@ -141,26 +155,30 @@ def flaws(scene: Scene, disk: SimulatedDisk) -> Iterator[str]:
     if old:
         if all(disk.content(path) == content for path, content in old.items()):
             return  # still in its place: nothing of ours can be there
-        if any(disk.content(backup(path)) != content for path, content in old.items()):
-            yield "the old output is whole neither in its place nor in OUT.bak-1"
+        for name in {path.relative_to(SIM).parts[0] for path in old}:  # a folder, or a file beside it: each is moved by itself
+            part = {path: content for path, content in old.items() if path.relative_to(SIM).parts[0] == name}
+            whole = all(disk.content(path) == content for path, content in part.items())
+            if not whole and any(disk.content(backup(path)) != content for path, content in part.items()):
+                yield f"the old {name} is whole neither in its place nor in {name}.bak-1"
     for target in scene.targets:
-        yield from target_flaws(target, truth_of(target.plan, scene.source), disk, damaged=scene.damaged)
+        yield from target_flaws(target, truth_of(target.plan, scene.source), disk, old, damaged=scene.damaged)
 
 
 def backup(path: Path) -> Path:
-    """Where a file of `/sim/out` is after it was moved aside."""
-    return SIM / "out.bak-1" / path.relative_to(SIM / "out")
+    """Where a file of an output is after it was moved aside: in its folder, or beside it under a name of its own."""
+    top, *rest = path.relative_to(SIM).parts
+    return Path(SIM / f"{top}.bak-1", *rest)
 
 
-def target_flaws(target: Target, truth: Mapping[str, bytes], disk: SimulatedDisk, *, damaged: bool) -> Iterator[str]:
+def target_flaws(target: Target, truth: Mapping[str, bytes], disk: SimulatedDisk, old: Mapping[Path, bytes], *, damaged: bool) -> Iterator[str]:
     layout = Layout(target.root, target.plan.id)
     missing = []  # what a mark cannot vouch for
     for file in target.plan.files:
-        content = disk.content(target.root / file.name)
+        content = disk.content(layout.final(file.name))
         if content == truth[file.name]:
             continue
         missing.append(file.name)
-        if content is not None and not damaged:
+        if content is not None and content != old.get(layout.final(file.name)) and not damaged:
             yield f"{file.name} has its final name and wrong bytes"
         if not damaged and disk.content(layout.record(file.name)) is not None:
             yield f"{file.name} has a record and is not there"
@@ -179,10 +197,11 @@ def shortcomings(scene: Scene, disk: SimulatedDisk) -> Iterator[str]:
     for target in scene.targets:
         truth = truth_of(target.plan, scene.source)
         for name, content in truth.items():
-            found = disk.content(target.root / name)
+            path = final_path(target.root, name)
+            found = disk.content(path)
             if found != content:
-                yield f"{target.root / name} is {'missing' if found is None else 'wrong'}"
-        names = {name.split("/")[0] for name in truth} | {STATE}
+                yield f"{path} is {'missing' if found is None else 'wrong'}"
+        names = {name.split("/")[0] for name in truth if not name.startswith(BESIDE)} | {STATE}
         strange = set(disk.listing(target.root)) - names
         if strange:
             yield f"{target.root} also holds {strange}"
