@@ -18,6 +18,7 @@ from glmconv.archs.glm4_moe import (
     MOE,
     MOE_NORM,
     MTP,
+    MTP_ALIASES,
     MTP_DECODER,
     MTP_LAYER,
     NORM,
@@ -110,7 +111,7 @@ SPEC = ArchSpec(
         Scope(INDEXER, LAYER, DECODER, BLOCK, "indexed", title="layers with an indexer"),
         Scope(SPARSE_LAYER, LAYER, MTP_DECODER, BLOCK, "mtp", title="MTP layers", mtp=True),
         Scope(INDEXER, LAYER, MTP_DECODER, BLOCK, "indexed_mtp", title="MTP layers' indexer", mtp=True),
-        Scope(MTP, LAYER, MTP_LAYER, BLOCK, "mtp", title="MTP heads", mtp=True),
+        Scope(MTP + MTP_ALIASES, LAYER, MTP_LAYER, BLOCK, "mtp", title="MTP heads", mtp=True),
     ),
     presets=(
         Preset("glm5-744B-A40B", "zai-org/GLM-5", GLM_5, tensors=59870, mtp_tensors=791),
