@@ -334,11 +334,10 @@ class _Given:
     def type_of(self, tensor: Tensor) -> str:
         """The type asked for; empty if none is."""
         kind = kind_of(tensor.name)
-        if kind is Kind.EMB and (self.embedding or (self.tied and self.output)):
-            return self.embedding or self.output
-        if kind is Kind.OUT and self.output:
-            return self.output
-        return next((name for pattern, name in self.patterns if pattern.search(tensor.name)), "")
+        if kind in (Kind.EMB, Kind.OUT) and (own := self.embedding if kind is Kind.EMB else self.output):
+            return own
+        found = next((name for pattern, name in self.patterns if pattern.search(tensor.name)), "")
+        return found or (self.output if self.tied and kind is Kind.EMB else "")
 
 
 def _regex(pattern: str) -> re.Pattern[str]:

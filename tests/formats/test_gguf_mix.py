@@ -129,7 +129,12 @@ def test_a_tied_embedding_has_the_type_of_the_output() -> None:
     tied = [Tensor("token_embd.weight", (256, 9), "BF16")]
     assert types_of("Q4_K_M", tied, DENSE) == "Q6_K*1"
     assert types_of("Q4_K_M", tied, DENSE, output_tensor_type="q8_0") == "Q8_0*1"
-    assert types_of("Q4_K_M", [Tensor("output.weight", (96, 9), "BF16")], DENSE) == "Q8_0*1"
+    assert types_of("Q4_K_M", tied, DENSE, output_tensor_type="q8_0", overrides=[("embd", "F16")]) == "F16*1"
+
+
+@pytest.mark.parametrize("file_type", ["Q4_K_M", "IQ2_XS"])
+def test_an_output_whose_rows_do_not_divide_has_8_bits(file_type: str) -> None:
+    assert types_of(file_type, [Tensor("output.weight", (96, 9), "BF16")], DENSE) == "Q8_0*1"
 
 
 @pytest.mark.parametrize(
@@ -162,6 +167,11 @@ def test_rows_that_no_block_divides_become_f16() -> None:
 )
 def test_eight_experts_switch_on_the_rules_for_mixtral(file_type: str, types: str) -> None:
     assert types_of(file_type, layers(1, "attn_k", "attn_v", "attn_output"), Facts("glm4moe", 8, experts=8, heads=4, kv_heads=4)) == types
+
+
+def test_eight_experts_give_more_layers_of_an_iq3_m_file_4_bits() -> None:
+    counted = {experts: types_of("IQ3_M", layers(16, "ffn_down_exps"), Facts("glm4moe", 16, experts=experts)) for experts in (8, 16)}
+    assert counted == {8: "Q4_K*2 IQ3_S*2 Q4_K*1 IQ3_S*2 Q4_K*1 IQ3_S*2 Q4_K*1 IQ3_S*2 Q4_K*3", 16: "Q4_K*2 IQ3_S*14"}
 
 
 def test_glm_5_3_flash_keeps_what_selects_and_decays() -> None:
