@@ -1,0 +1,118 @@
+"""The values and element types of GGUF v3, and how both are spelled in bytes.
+
+Source: ggml's docs/gguf.md and gguf.cpp, ggml.h's `ggml_type`, ggml-common.h for the sizes of blocks.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class Kind(IntEnum):
+    """The type of a value."""
+
+    U8 = 0
+    I8 = 1
+    U16 = 2
+    I16 = 3
+    U32 = 4
+    I32 = 5
+    F32 = 6
+    BOOL = 7
+    STRING = 8
+    ARRAY = 9
+    U64 = 10
+    I64 = 11
+    F64 = 12
+
+
+FORMATS = {
+    Kind.U8: "B", Kind.I8: "b", Kind.U16: "H", Kind.I16: "h", Kind.U32: "I", Kind.I32: "i", Kind.F32: "f", Kind.BOOL: "?", Kind.U64: "Q",
+    Kind.I64: "q", Kind.F64: "d",
+}  # fmt: skip
+SIZES = {kind: struct.calcsize("<" + code) for kind, code in FORMATS.items()}
+ESCAPED = "surrogateescape"  # strings are UTF-8, but llama-quantize cuts some after 127 bytes, wherever that is
+
+
+@dataclass(frozen=True)
+class Array:
+    """Values of one kind, which may be arrays."""
+
+    kind: Kind
+    values: Sequence[object]
+
+
+class Value(NamedTuple):
+    """What a key says: a number, a bool, a string or an `Array`, as `kind` has it."""
+
+    kind: Kind
+    value: object
+
+
+class Entry(NamedTuple):
+    """A key with its value."""
+
+    key: str
+    kind: Kind
+    value: object
+
+
+@dataclass(frozen=True)
+class GgmlType:
+    """A tensor's element type: `block` elements of a row are `size` bytes."""
+
+    name: str
+    number: int
+    block: int
+    size: int
+
+    def row_size(self, columns: int) -> int:
+        """Bytes of a row, which is a whole number of blocks."""
+        return columns // self.block * self.size
+
+
+# fmt: off
+GGML_TYPES = tuple(GgmlType(*row) for row in (
+    ("F32", 0, 1, 4), ("F16", 1, 1, 2), ("BF16", 30, 1, 2), ("F64", 28, 1, 8),
+    ("I8", 24, 1, 1), ("I16", 25, 1, 2), ("I32", 26, 1, 4), ("I64", 27, 1, 8),
+    ("Q4_0", 2, 32, 18), ("Q4_1", 3, 32, 20), ("Q5_0", 6, 32, 22), ("Q5_1", 7, 32, 24), ("Q8_0", 8, 32, 34),
+    ("Q2_K", 10, 256, 84), ("Q3_K", 11, 256, 110), ("Q4_K", 12, 256, 144), ("Q5_K", 13, 256, 176), ("Q6_K", 14, 256, 210),
+    ("IQ2_XXS", 16, 256, 66), ("IQ2_XS", 17, 256, 74), ("IQ3_XXS", 18, 256, 98), ("IQ1_S", 19, 256, 50), ("IQ4_NL", 20, 32, 18),
+    ("IQ3_S", 21, 256, 110), ("IQ2_S", 22, 256, 82), ("IQ4_XS", 23, 256, 136), ("IQ1_M", 29, 256, 56),
+    ("TQ1_0", 34, 256, 54), ("TQ2_0", 35, 256, 66), ("MXFP4", 39, 32, 17), ("NVFP4", 40, 64, 36), ("Q1_0", 41, 128, 18), ("Q2_0", 42, 64, 18),
+))
+# fmt: on
+BY_NUMBER = {known.number: known for known in GGML_TYPES}
+BY_NAME = {known.name: known for known in GGML_TYPES}
+
+
+def packed(kind: Kind, value: object) -> bytes:
+    """A value's bytes, without its kind. ValueError if the value is none of that kind."""
+    if kind is Kind.STRING:
+        if not isinstance(value, str):
+            raise ValueError(f"{value!r} is no string")
+        data = value.encode("utf-8", ESCAPED)
+        return struct.pack("<Q", len(data)) + data
+    if kind is Kind.ARRAY:
+        if not isinstance(value, Array):
+            raise ValueError(f"{value!r} is no array")
+        return struct.pack("<IQ", value.kind, len(value.values)) + _elements(value)
+    if (kind is Kind.BOOL) != isinstance(value, bool):
+        raise ValueError(f"{value!r} is no {kind.name}")
+    try:
+        return struct.pack("<" + FORMATS[kind], value)
+    except (struct.error, OverflowError) as problem:
+        raise ValueError(f"{value!r} is no {kind.name}: {problem}") from None
+
+
+def _elements(array: Array) -> bytes:
+    if array.kind in (Kind.STRING, Kind.ARRAY, Kind.BOOL):
+        return b"".join(packed(array.kind, value) for value in array.values)
+    try:
+        return struct.pack(f"<{len(array.values)}{FORMATS[array.kind]}", *array.values)
+    except (struct.error, OverflowError) as problem:
+        raise ValueError(f"an array of {array.kind.name} holds something else: {problem}") from None
