@@ -32,6 +32,7 @@ def parse(
     *,
     file: object,
     limit: int = LIMIT,
+    wide: int = WIDE_LIMIT,
     depth: int = DEPTH,
     values: int = VALUES,
     containers: int = CONTAINERS,
@@ -42,6 +43,7 @@ def parse(
     """The value that `data` spells in strict UTF-8 JSON.
 
     limit:      bytes
+    wide:       bytes, where there are characters beyond ASCII
     depth:      objects and arrays inside each other
     values:     elements of arrays and members of objects, in all
     containers: objects and arrays, in all
@@ -54,7 +56,7 @@ def parse(
     """
     if len(data) > limit:
         raise SourceError(f"is {len(data):,} bytes of JSON; at most {limit:,} are read.", file=file)
-    plain = _plain(data, file, begin, values)
+    plain = _plain(data, file, begin, values, wide)
     _check_structure(_outside_strings(plain, 2 * containers + values), file, levels or (values,) * depth, values, containers)
     del plain
     hook = _unique if build is None else lambda pairs: build(_unique(pairs))
@@ -103,11 +105,11 @@ def _constant(text: str) -> float:
     raise _Refused(f"{text} is no JSON number")
 
 
-def _plain(data: bytes, file: object, begin: int, values: int) -> bytes:
+def _plain(data: bytes, file: object, begin: int, values: int, wide: int) -> bytes:
     """`data` with escaped backslashes and quotes replaced, at equal length: in it every quote begins or ends a string. Its strings are in bounds."""
     escaped = b"\\" in data
-    if len(data) > WIDE_LIMIT and (not data.isascii() or (escaped and b"\\u" in data)):
-        raise SourceError(f"is {len(data):,} bytes of JSON beyond ASCII; at most {WIDE_LIMIT:,} of that are read.", file=file)
+    if len(data) > wide and (not data.isascii() or (escaped and b"\\u" in data)):
+        raise SourceError(f"is {len(data):,} bytes of JSON beyond ASCII; at most {wide:,} of that are read.", file=file)
     if data.count(b'"') > 6 * values:  # two for each key and each string, and as many escaped ones
         raise SourceError(f"holds more than {values:,} values.", file=file)
     plain = data.replace(b"\\\\", b"__").replace(b'\\"', b"__") if escaped else data

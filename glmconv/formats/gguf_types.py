@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
+from glmconv.errors import SourceError
+
 
 class Kind(IntEnum):
     """The type of a value."""
@@ -88,6 +90,17 @@ GGML_TYPES = tuple(GgmlType(*row) for row in (
 # fmt: on
 BY_NUMBER = {known.number: known for known in GGML_TYPES}
 BY_NAME = {known.name: known for known in GGML_TYPES}
+
+
+def single(value: object, what: str, file: object) -> float:
+    """A number of a config as a float32 has it. SourceError if it is none."""
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            rounded: float = struct.unpack("<f", struct.pack("<f", value))[0]
+            return rounded
+    except OverflowError:
+        pass
+    raise SourceError(f"{what} is {str(value)[:60]}, a number is needed.", file=file)
 
 
 def packed(kind: Kind, value: object) -> bytes:

@@ -33,17 +33,29 @@ def read_run_config(file: InputFile, path: Path) -> Mapping[str, object]:
         raise SourceError(f"is {file.size:,} bytes; at most {LARGEST:,} are read.", file=path)
     try:
         text = file.read(0, file.size).decode("utf-8")
-        _bounded(text, path)
-        value = PlainLoader(text).get_single_data()
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, OverflowError) as problem:
-        raise SourceError(f"is not plain YAML: {str(problem).splitlines()[0] if str(problem) else type(problem).__name__}.", file=path) from None
+    except UnicodeDecodeError as problem:
+        raise _no_yaml(problem, path) from None
+    value = plain_yaml(text, path)
     model = value.get("model") if isinstance(value, dict) else None
     if not isinstance(model, dict):
         raise SourceError("has no `model` mapping.", file=path, hint="Pass --origin.")
     return {str(name): item for name, item in model.items()}
 
 
-def _bounded(text: str, path: Path) -> None:
+def plain_yaml(text: str, path: object) -> object:
+    """One document's plain values. SourceError if it is too deep, uses aliases (which can expand without bound) or is no YAML."""
+    try:
+        _bounded(text, path)
+        return PlainLoader(text).get_single_data()
+    except (yaml.YAMLError, ValueError, OverflowError) as problem:
+        raise _no_yaml(problem, path) from None
+
+
+def _no_yaml(problem: Exception, path: object) -> SourceError:
+    return SourceError(f"is not plain YAML: {str(problem).splitlines()[0] if str(problem) else type(problem).__name__}.", file=path)
+
+
+def _bounded(text: str, path: object) -> None:
     """Walk the events, which costs no memory, before anything is built."""
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
