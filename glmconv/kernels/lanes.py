@@ -11,14 +11,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, overload, register_model
+from numba.core.typing.templates import AbstractTemplate, infer_global
+from numba.extending import intrinsic, lower_builtin, models, register_model
 
-F = TypeVar("F", bound=Callable[..., Any])
 LANES = 16
 FLOATS, INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
 MAGIC, MANTISSA, HALF = 0x4B40_0000, 0x7F_FFFF, 0x40_0000  # the bits of 12582912.0 = 1.5 * 2^23; its lower 23 are 2^22
@@ -58,12 +58,6 @@ def emitted(function: Callable[..., Any]) -> Any:
     return intrinsic(function)
 
 
-def offered(symbol: Any) -> Callable[[F], F]:
-    """The decorated function chooses the body of an operator for its operands' types."""
-    decorate: Callable[[F], F] = overload(symbol, strict=False)
-    return decorate
-
-
 def _all(builder: Any, value: Any) -> Any:
     """One scalar in every lane."""
     one = builder.insert_element(ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
@@ -76,26 +70,29 @@ def _constant(value: int) -> Any:
 
 def _operation(result: Any, emit: Callable[..., Any], *operands: Any) -> tuple[Any, Callable[..., Any]]:
     """What an intrinsic returns: `emit(builder, ...)` on the operands, each a float32 in every lane if it is a scalar."""
+    return result(*operands), _generator(emit)
 
+
+def _generator(emit: Callable[..., Any]) -> Callable[..., Any]:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return emit(builder, *(_all(builder, a) if kind == types.float32 else a for a, kind in zip(arguments, signature.args, strict=True)))
 
-    return result(*operands), generate
+    return generate
 
 
 def _operator(symbol: Any, result: Any, emit: Callable[..., Any]) -> None:
-    """Make `symbol` known between lanes and lanes, lanes and float32."""
+    """Make `symbol` known between lanes and lanes, lanes and float32; `&` and `|` between masks."""
+    pairs = [(mask, mask)] if symbol in (operator.and_, operator.or_) else [(lanes, lanes), (lanes, types.float32), (types.float32, lanes)]
 
-    @emitted
-    def apply(typing: Any, a: Any, b: Any) -> Any:
-        return _operation(result, emit, a, b)
+    class Operator(AbstractTemplate):
+        key = symbol
 
-    @offered(symbol)
-    def choose(a: Any, b: Any) -> Any:
-        known = (lanes, types.float32) if result is lanes or symbol not in (operator.and_, operator.or_) else (mask,)
-        if a in known and b in known and (a in (lanes, mask) or b in (lanes, mask)):
-            return lambda a, b: apply(a, b)
-        return None
+        def generic(self, arguments: Any, keywords: Any) -> Any:
+            return result(*arguments) if tuple(arguments) in pairs else None
+
+    infer_global(symbol)(Operator)
+    for pair in pairs:
+        lower_builtin(symbol, *pair)(_generator(emit))
 
 
 def _comparison(symbol: Any, sign: str) -> None:
