@@ -1,4 +1,4 @@
-"""ggml's types without sub-blocks: 32 values and a scale (Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, MXFP4), and 256 of -1, 0, 1 (TQ1_0, TQ2_0).
+"""ggml's types without sub-blocks: floats, 32 values and a scale (Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, MXFP4), and 256 of -1, 0, 1 (TQ1_0, TQ2_0).
 
 Arguments as in ggml_k.py. Only Q4_0 to Q5_1 heed the importance, which must be as long as a row: its mean is taken over the row.
 """
@@ -16,6 +16,22 @@ from glmconv.kernels.jit import inner, kernel
 from glmconv.kernels.lanes import LANES, load, store, where, whole
 
 BLOCK = 32
+
+
+def encode_f32(values: Array, importance: Array, out: Array) -> None:
+    out.reshape(-1).view("<f4")[:] = values
+
+
+def encode_f16(values: Array, importance: Array, out: Array) -> None:
+    with np.errstate(over="ignore"):
+        out.reshape(-1).view("<f2")[:] = values
+
+
+def encode_bf16(values: Array, importance: Array, out: Array) -> None:
+    b = values.view(np.uint32)
+    rounded = (b + (np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
+    quiet = (b >> np.uint32(16)) | np.uint32(64)
+    out.reshape(-1).view("<u2")[:] = np.where(np.isnan(values), quiet, rounded)
 
 
 def encode_q4_0(values: Array, importance: Array, out: Array) -> None:

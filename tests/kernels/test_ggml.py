@@ -1,0 +1,145 @@
+"""ggml's block types: ggml's own bytes and values, and a slow reference for all else."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glmconv.codecs.ggml import ENCODED, TYPES
+from glmconv.kernels import ggml_grids, ggml_iq4, ggml_k, ggml_simple
+from glmconv.kernels.ggml_decode import DECODE
+from tests.kernels import ggml_reference as reference
+
+VECTORS = Path(__file__).parent.parent / "vectors" / "ggml"
+INPUTS = np.load(VECTORS / "inputs.npz")
+NONE = np.empty(0, np.float32)
+IMPORTANCE = {"n": NONE, "a": INPUTS["imatrix"], "b": INPUTS["imatrix_zeros"]}
+ENCODE = {
+    name: next(getattr(room, f"encode_{name.lower()}") for room in (ggml_simple, ggml_k, ggml_iq4) if hasattr(room, f"encode_{name.lower()}"))
+    for name in ENCODED
+}
+# of the types with codes, at most this part of a block's largest magnitude (of the sub-block's range, for those with a minimum) is lost
+ERROR = {"Q8_0": 0.005, "Q6_K": 0.05, "Q5_K": 0.08, "Q5_0": 0.07, "Q5_1": 0.05, "Q4_0": 0.13, "Q4_1": 0.1, "Q4_K": 0.16, "IQ4_NL": 0.17, "IQ4_XS": 0.2,
+         "Q3_K": 0.3, "Q2_K": 0.5, "MXFP4": 0.34, "TQ1_0": 0.51, "TQ2_0": 0.51}  # fmt: skip
+
+
+def encoded(name: str, values: np.ndarray, importance: np.ndarray = NONE) -> np.ndarray:
+    """[blocks, bytes]; the array is filled before, so that what is not written is seen."""
+    kind = TYPES[name]
+    out = np.full((values.size // kind.block, kind.size), 0xA5, np.uint8)
+    ENCODE[name](np.ascontiguousarray(values, np.float32).reshape(-1), importance, out)
+    return out
+
+
+def decoded(name: str, blocks: np.ndarray) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        return np.ascontiguousarray(DECODE[name](blocks)).reshape(-1)
+
+
+def blocks(seed: int, kind: str, count: int) -> np.ndarray:
+    """Float32 super-blocks of one kind."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(256 * count)
+    if kind == "heavy":
+        x = rng.standard_t(2, 256 * count)
+    elif kind == "constant":
+        x = np.repeat(x[:count], 256)
+    elif kind == "zeros":
+        x *= np.repeat(rng.random(16 * count) < 0.5, 16)
+    elif kind == "one sign":
+        x = np.abs(x) + 1
+    elif kind == "whole":
+        x = np.round(x * 4)
+    elif kind == "mixed":
+        x *= 10.0 ** np.repeat(rng.integers(-9, 2, 16 * count), 16)
+    return (x * 0.02).astype(np.float32)
+
+
+KINDS = st.sampled_from(["normal", "heavy", "constant", "zeros", "one sign", "whole", "mixed"])
+SEEDS = st.integers(0, 2**32)
+
+
+@pytest.mark.parametrize("way", ["n", "a", "b"])
+@pytest.mark.parametrize("name", [name for name in ENCODED if name != "F32"])
+def test_bytes_are_those_of_ggml(name, way):
+    vectors = np.load(VECTORS / f"{name}.npz")
+    got = encoded(name, INPUTS["x"], IMPORTANCE[way]).reshape(42, -1)
+    differ = (got != vectors[f"q_{way}"]).any(axis=1)
+    assert list(INPUTS["labels"][differ]) == []
+
+
+@pytest.mark.parametrize("name", [name for name in DECODE if name != "F32"])
+def test_values_are_those_of_ggml(name):
+    vectors = np.load(VECTORS / f"{name}.npz")
+    ways = [way for way in IMPORTANCE if f"q_{way}" in vectors]
+    assert ways[-2:] == ["a", "b"]
+    for way in ways:
+        values = decoded(name, vectors[f"q_{way}"].reshape(-1, TYPES[name].size))
+        assert hashlib.sha256(values.tobytes()).hexdigest() == str(vectors[f"deq_sha256_{way}"])
+
+
+def test_every_type_that_is_written_is_read():
+    assert set(ENCODED) <= set(DECODE) <= set(TYPES)
+    for name in ("F32", "BF16", "F16"):
+        x = np.array([0.0, -0.0, 1.5, -65280.0, 2.0**-20], np.float32)
+        np.testing.assert_array_equal(decoded(name, encoded(name, x)), x)
+
+
+def test_grids_hold_every_point_once():
+    for grid, count in (("IQ2_XXS", 256), ("IQ2_XS", 512), ("IQ2_S", 1024), ("IQ3_XXS", 256), ("IQ3_S", 512), ("IQ1", 2048)):
+        points = ggml_grids.points(getattr(ggml_grids, grid))
+        assert len(np.unique(points, axis=0)) == len(points) == count
+
+
+@settings(max_examples=12, deadline=None)
+@given(SEEDS, KINDS)
+def test_q6_k_is_the_reference(seed, kind):
+    x, q = blocks(seed, kind, 1), np.abs(blocks(seed + 1, "heavy", 1))
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(decoded("Q6_K", encoded("Q6_K", x)), reference.q6_k(x))
+        np.testing.assert_array_equal(decoded("Q6_K", encoded("Q6_K", x, q)), reference.q6_k(x, q))
+
+
+@settings(max_examples=8, deadline=None)
+@given(SEEDS, KINDS)
+def test_q4_k_is_the_reference(seed, kind):
+    x = blocks(seed, kind, 1)
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(decoded("Q4_K", encoded("Q4_K", x)), reference.q4_k(x))
+
+
+@settings(max_examples=12, deadline=None)
+@given(SEEDS, KINDS)
+def test_iq4_nl_is_the_reference(seed, kind):
+    x, q = blocks(seed, kind, 1)[:96], np.abs(blocks(seed + 1, "heavy", 1)[:96])
+    parts = [slice(i, i + 32) for i in range(0, 96, 32)]
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(decoded("IQ4_NL", encoded("IQ4_NL", x)), np.concatenate([reference.iq4_nl(x[p]) for p in parts]))
+        np.testing.assert_array_equal(decoded("IQ4_NL", encoded("IQ4_NL", x, q)), np.concatenate([reference.iq4_nl(x[p], q[p]) for p in parts]))
+
+
+@pytest.mark.parametrize("name", list(ERROR))
+@settings(max_examples=10, deadline=None)
+@given(seed=SEEDS, kind=st.sampled_from(["normal", "constant", "zeros", "whole"]), weighted=st.booleans())
+def test_little_is_lost(name, seed, kind, weighted):
+    x = blocks(seed, kind, 3)
+    importance = (np.random.default_rng(seed).random(256) * 0.1 + 1).astype(np.float32) if weighted else NONE
+    got = decoded(name, encoded(name, x, importance))
+    assert np.isfinite(got).all()
+    reach = np.repeat(np.abs(x).reshape(-1, TYPES[name].block).max(axis=1), TYPES[name].block)
+    assert (np.abs(got - x) <= ERROR[name] * reach).all(), (np.abs(got - x) / reach).max()
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_1", "Q3_K", "IQ4_XS", "Q6_K"])
+@settings(max_examples=10, deadline=None)
+@given(seed=SEEDS, kind=KINDS, cut=st.integers(1, 4), weighted=st.booleans())
+def test_a_block_is_encoded_alike_in_any_company(name, seed, kind, cut, weighted):
+    x = blocks(seed, kind, 5)
+    importance = np.abs(blocks(seed + 1, "normal", 1)) if weighted else NONE
+    apart = [encoded(name, x[: cut * 256], importance), encoded(name, x[cut * 256 :], importance)]
+    np.testing.assert_array_equal(encoded(name, x, importance), np.concatenate(apart))
