@@ -1,6 +1,8 @@
-"""ggml's encodings, value by value in numpy's float32 scalars: docs in words become lines here, slow and plain. Each gives the values that are stored."""
+"""ggml's encodings, value by value in numpy's float32 scalars, slow and plain: each gives the values that are stored."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 
@@ -121,7 +123,7 @@ def q6_k(x, q=None):
     for part, (scale, codes) in zip(parts, found, strict=True):
         step = d * f(min(127, rnd(factor * scale)))
         for v, code in zip(part, codes, strict=True):
-            values.append(step * f((held(rnd(v / step), -32, 31) if step else code - 32)))
+            values.append(step * f(held(rnd(v / step), -32, 31) if step else code - 32))
     return np.array(values, f)
 
 
@@ -149,7 +151,7 @@ def q4_k(x):
 
 def near(v) -> int:
     """The nearest of IQ4's values, the greater of two, as ggml compares."""
-    for low, high in zip(IQ4, IQ4[1:], strict=False):
+    for low, high in pairwise(IQ4):
         if v < high:
             return low if v <= IQ4[0] or v - f(low) < f(high) - v else high
     return IQ4[-1]
