@@ -54,13 +54,9 @@ class NameParts:
         return " ".join(word.title() if word.islower() and not re.match(r"^(v\d+(?:\.\d+)*|\d.*)$", word) else word for word in words)
 
 
-def general_entries(model: Model, config: Mapping[str, object], files: Mapping[str, bytes], folder: str, tower: bool = False) -> list[Entry]:
-    """Everything under `general` that describes the model, in the converter's order.
-
-    folder: the name of the folder that it came from
-    tower:  whether the vision tower is described, not the language model
-    """
-    count, each, shared = _parameters(model, tower=tower)
+def general_entries(model: Model, config: Mapping[str, object], files: Mapping[str, bytes], folder: str) -> list[Entry]:
+    """Everything under `general` that describes the language model, in the converter's order; `folder` is the name of the one it came from."""
+    count, each, shared = _parameters(model)
     experts = model.sizes.get("experts", 0) if each else 0
     card = read_card(files)
     found = {key: value for key, fields in FROM_CARD.items() if (value := _first_text(card, fields.split()))}
@@ -82,12 +78,12 @@ def general_entries(model: Model, config: Mapping[str, object], files: Mapping[s
     return entries
 
 
-def _parameters(model: Model, *, tower: bool) -> tuple[int, int, int]:
-    """(all, one expert's, all but the experts') elements of what a file holds."""
+def _parameters(model: Model) -> tuple[int, int, int]:
+    """(all, one expert's, all but the experts') elements of what a file holds: the vision tower has one of its own."""
     experts = model.sizes.get("experts", 0)
     each = shared = 0
     for name, tensor in model.tensors.items():
-        if (".visual." in name or name.startswith("visual.")) is not tower or tensor.index["expert"]:
+        if ".visual." in name or tensor.index["expert"]:
             continue
         if tensor.role is Role.EXPERT:
             each += tensor.elements

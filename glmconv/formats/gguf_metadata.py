@@ -61,7 +61,9 @@ def metadata(model: Model, config: Mapping[str, object], files: Mapping[str, byt
     text = text_of(model.spec, config)
     keys = _Keys(architecture, model, text)
     found += keys.entries()
-    found += tokenizer_entries(architecture, model.sizes["vocab"], {**text, **config}, files)
+    found += tokenizer_entries(
+        architecture, model.sizes["vocab"], {**text, **{field: value for field, value in config.items() if value is not None}}, files
+    )
     return found
 
 
@@ -131,8 +133,8 @@ class _Keys:
             found += self.expert_sizes()
         if self.latent:
             found.append(self.number("rope.dimension_count", s["rope"]))
-        if s.get("mtp"):
-            found.append(self.number("nextn_predict_layers", s["mtp"]))
+        if self.mtp:
+            found.append(self.number("nextn_predict_layers", self.mtp))
         if "index_heads" in s:
             found += self.indexer()
         if self.next:
@@ -171,7 +173,12 @@ class _Keys:
     @property
     def blocks(self) -> int:
         """The decoder's layers and the MTP layers behind them."""
-        return self.s["layers"] + self.s.get("mtp", 0)
+        return self.s["layers"] + self.mtp
+
+    @property
+    def mtp(self) -> int:
+        """Those that there are: a fine-tune may have lost them and keep the number in its config."""
+        return len(self.model.layers.get("mtp", ()))
 
     @property
     def head_size(self) -> int:

@@ -279,3 +279,20 @@ def test_every_cut_of_a_file_is_refused(tmp_path):
         with pytest.raises(SourceError):
             header_of(tmp_path, GOOD[:size])
     assert struct.calcsize("<34x") == BY_NAME["Q8_0"].size
+
+
+def test_a_header_as_large_as_glm_5s_is_read_at_once_and_in_little_memory(tmp_path):
+    tokens = [f"Ġtoken{n}" for n in range(154_880)]
+    kv = [
+        Entry("tokenizer.ggml.tokens", Kind.ARRAY, Array(Kind.STRING, tokens)),
+        Entry("tokenizer.ggml.token_type", Kind.ARRAY, Array(Kind.I32, [1] * len(tokens))),
+        Entry("tokenizer.ggml.merges", Kind.ARRAY, Array(Kind.STRING, [f"Ġtok en{n}" for n in range(322_000)])),
+        Entry("glmconv.source.tokenizer.json", Kind.STRING, "Ġ" + "x" * (21 << 20)),
+    ]
+    (tmp_path / WEIGHTS).write_bytes(write_header(kv, []))
+    before, began = forget_peak(), time.thread_time()
+    with InputFolder(tmp_path) as opened:
+        header = read_header(opened.open(WEIGHTS))
+    assert time.thread_time() - began < 1.5
+    assert peak() - before < PEAK
+    assert [Entry(key, *value) for key, value in header.kv.items()] == kv

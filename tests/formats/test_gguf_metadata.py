@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from glmconv.archs import bind, presets, spec_for, text_of
 from glmconv.engine.inputs import InputFolder
-from glmconv.errors import SourceError, UnsupportedError
+from glmconv.errors import GlmconvError, SourceError, UnsupportedError
 from glmconv.formats.gguf_general import name_parts, rounded
 from glmconv.formats.gguf_header import read_header, write_header
 from glmconv.formats.gguf_metadata import FILE_TYPES, ImportanceOrigin, embedded, embedded_files, metadata, quantized
@@ -22,6 +24,7 @@ from glmconv.toy.tokenizer import side_files, special_ids
 VECTORS = Path(__file__).parent.parent / "vectors" / "gguf_header"
 KINDS = {"str": Kind.STRING, "arr": Kind.ARRAY} | {kind.name.lower(): kind for kind in Kind}
 PRESETS = {preset.name: (spec, preset) for spec, preset in presets()}
+SEED = int(os.environ.get("GLMCONV_SEED", "20261101"))
 SMALL = {"vocab_size": 1000, "eos_token_id": [1], "pad_token_id": 1}
 
 
@@ -106,9 +109,10 @@ def test_glm_5_3_flash_has_deepseek2s_keys_and_its_own():
     assert "glm5-next.rope.freq_base" not in found
 
 
-def test_mtp_layers_are_counted_where_there_are_any():
+@pytest.mark.parametrize("how", [{"mtp": False}, {"without": ("mtp",)}], ids=["dropped", "lost"])
+def test_mtp_layers_are_counted_where_there_are_any(how):
     spec, preset = PRESETS["glm4.5-106B-A12B"]
-    without = bind(spec, preset.config, mtp=False)
+    without = bind(spec, preset.config, **how)
     found = {entry.key: entry.value for entry in metadata(without, preset.config, side_files(preset.config), "x")}
     assert found["glm4moe.block_count"] == 46
     assert "glm4moe.nextn_predict_layers" not in found
@@ -333,3 +337,40 @@ def test_a_tokenizer_as_large_as_a_releases_is_read():
     assert len(files["tokenizer.json"]) > 20 << 20
     found = tokenizer_of(files, size=154_880)
     assert len(found["merges"].values) == 321_000
+
+
+JUNK = ("x", -1, 1.5, None, [], {}, True, 2**62, [[1]], ["x", 1], {"x": 1}, "é" * 300, 0)
+
+
+def places(value: object, depth: int = 3) -> list[tuple[object, ...]]:
+    """Where something else may stand: paths into a document, the first members of what is long."""
+    if not depth or not isinstance(value, dict | list):
+        return []
+    members = list(value.items() if isinstance(value, dict) else enumerate(value))[:12]
+    return [path for key, inner in members for path in [(key,), *((key, *rest) for rest in places(inner, depth - 1))]]
+
+
+def spoiled(value: object, path: tuple[object, ...], junk: object) -> object:
+    copied = dict(value) if isinstance(value, dict) else list(value)
+    copied[path[0]] = spoiled(value[path[0]], path[1:], junk) if len(path) > 1 else junk
+    return copied
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("model", ["glm4_moe", "glm_moe_dsa"])
+def test_junk_anywhere_is_written_or_refused_with_a_reason(model, name):
+    files = {path.name: path.read_bytes() for path in (VECTORS / model).iterdir()}
+    document = json.loads(files[name])
+    source = random.Random(SEED)
+    everywhere = [(path, junk) for path in places(document) for junk in JUNK]
+    refused = 0
+    for path, junk in source.sample(everywhere, min(100, len(everywhere))):
+        changed = files | {name: json.dumps(spoiled(document, path, junk)).encode()}
+        config = json.loads(changed["config.json"])
+        try:
+            write_header(metadata(bind(spec_for(config), config), config, changed, model), [])
+        except GlmconvError:
+            refused += 1
+        except Exception as problem:
+            raise AssertionError(f"{path} = {junk!r}") from problem
+    assert refused
