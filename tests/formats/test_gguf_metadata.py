@@ -214,7 +214,7 @@ ids = st.lists(words, min_size=1, max_size=6).map("-".join).filter(lambda name: 
 
 
 @given(org=st.sampled_from(["", "zai-org/", "./", "My Org/"]), name=ids, parameters=st.sampled_from([0, 7 * 10**9, 10**11, 355 * 10**9]))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_names_are_taken_apart_as_gguf_does(org, name, parameters):
     gguf = pytest.importorskip("gguf")
     ours = name_parts(org + name, parameters)
@@ -224,7 +224,7 @@ def test_names_are_taken_apart_as_gguf_does(org, name, parameters):
 
 
 @given(count=st.integers(1, 5 * 10**12) | st.sampled_from([10**6, 10**9, 10**12, 999_499, 9_949_999_999, 9_950_000_000]))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_numbers_of_parameters_are_rounded_as_gguf_does(count):
     gguf = pytest.importorskip("gguf")
     assert rounded(count) == gguf.utility.model_weight_count_rounded_notation(count)
