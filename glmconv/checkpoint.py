@@ -17,6 +17,7 @@ from glmconv.formats import FORMATS
 from glmconv.formats.binding import refuse
 from glmconv.formats.coded import derived
 from glmconv.formats.format import FILE_PREFIX, Format, Opened, OpenOptions, RowReader, row_size
+from glmconv.formats.gguf_rows import gguf_derived
 from glmconv.formats.graft import grafted
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Checkpoint:
     def _reader(self, name: str) -> RowReader:
         if name.startswith(FILE_PREFIX):
             return self.opened.side_files[name.removeprefix(FILE_PREFIX)]
-        return derived(self.opened.tensors, name) or self.opened.tensors[name]
+        return derived(self.opened.tensors, name) or gguf_derived(self.opened.tensors, name) or self.opened.tensors[name]
 
     def row_size(self, tensor: str) -> int:
         reader = self._reader(tensor)
@@ -185,6 +186,10 @@ def resolve(name: str | Path, *, weights: bool = True) -> Path:
     with looked_at(path):
         if path.exists():
             if not path.is_dir():
+                if path.suffix.lower() == ".gguf":
+                    raise UnsupportedError(
+                        "is GGUF, which is written and not read yet.", file=path, hint="glmconv verify SRC FILE --exact checks one."
+                    )
                 raise UnsupportedError("is a file; a checkpoint is a folder.", file=path)
             return path
     if not isinstance(name, str) or not HUB_ID.match(name):

@@ -71,7 +71,11 @@ class Options:
         )  # fmt: skip
 
     def layout(self, target: TargetSpec) -> LayoutOptions:
-        return LayoutOptions(self.file_size, self.chunk_size, self.iteration, self.mtp, self.megatron_dialect, codec=target.codec, quant=self.quant)
+        name = target.path.name if target.path else f"{target.to.replace(':', '-')}.gguf"
+        return LayoutOptions(
+            self.file_size, self.chunk_size, self.iteration, self.mtp, self.megatron_dialect, file_type=target.file_type, name=name,
+            codec=target.codec, quant=self.quant,
+        )  # fmt: skip
 
     def open(self, src: str | Path) -> Checkpoint:
         return open_checkpoint(src, mtp=self.mtp, origin=self.origin, dialect=self.source_dialect, mtp_from=self.mtp_from)
@@ -149,7 +153,8 @@ def plan_again(source: Checkpoint, to: str, chosen: Mapping[str, object]) -> Pla
     named = {"ragged": "quantize" if chosen.get("ragged") else "keep", "keep": tuple(str(text) for text in _list(chosen.get("keep")))}
     known = {name: value for name, value in chosen.items() if name in Options.__dataclass_fields__}
     try:
-        return plan_targets(source, [parse_target(to, None)], Options(**{**known, **named}))[0]  # type: ignore[arg-type]
+        path = Path(str(chosen["name"])) if "name" in chosen else None  # of an output that is a file
+        return plan_targets(source, [parse_target(to, path)], Options(**{**known, **named}))[0]  # type: ignore[arg-type]
     except (TypeError, UsageError) as error:
         raise SourceError("has a manifest of a target or with options that this version of glmconv does not know.", file=to) from error
 
@@ -288,4 +293,4 @@ def _nonfinite(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def _engine_targets(specs: Sequence[TargetSpec], plans: Sequence[Plan]) -> list[Target]:
-    return [Target(made, spec.path.absolute()) for spec, made in zip(specs, plans, strict=True) if spec.path is not None]
+    return [Target(made, spec.root.absolute()) for spec, made in zip(specs, plans, strict=True) if spec.root is not None]

@@ -8,10 +8,13 @@ from pathlib import Path
 
 from glmconv.codecs import CODECS, codec_of
 from glmconv.codecs.codec import Codec
+from glmconv.engine.journal import folder_of_file
 from glmconv.errors import UsageError
 from glmconv.formats import FORMATS
+from glmconv.formats.gguf_mix import mix_named
 
 SPELLINGS = {"huggingface": "hf", "safetensors": "hf", "megatron": "torch_dist", "torch-dist": "torch_dist"}
+GGUF = "gguf"  # the format whose outputs are files
 QUANTIZED = "hf"  # the format that quantized targets are written in
 
 
@@ -29,7 +32,22 @@ class TargetSpec:
 
     @property
     def format(self) -> str:
-        return QUANTIZED if self.codec else self.to
+        return QUANTIZED if self.codec else self.to.partition(":")[0]
+
+    @property
+    def readable(self) -> bool:
+        """Whether an output can be opened as a source."""
+        return FORMATS[self.format].readable
+
+    @property
+    def file_type(self) -> str:
+        """The mix of a GGUF target."""
+        return self.to.partition(":")[2] if self.format == GGUF else ""
+
+    @property
+    def root(self) -> Path | None:
+        """The folder of the output: that it is, or the one beside a file."""
+        return folder_of_file(self.path) if self.path and self.format == GGUF else self.path
 
 
 def known() -> str:
@@ -40,8 +58,13 @@ def known() -> str:
 def parse_target(to: str, path: Path | None) -> TargetSpec:
     """UsageError if no target is spelled so."""
     target = TargetSpec(SPELLINGS.get(to.lower(), to.lower()), path)
-    if target.format not in FORMATS:
+    if target.format not in FORMATS or (":" in target.to and not target.codec and target.format != GGUF):
         raise UsageError(f"--to {to}: no target is called so.", hint=f"Targets: {known()}.")
+    if target.format == GGUF:
+        mix = mix_named(target.file_type)
+        if path is not None and (path.suffix.lower() != ".gguf" or path.stem in ("", ".gguf")):
+            raise UsageError(f"--to {to}: {path} is no name of a GGUF file.", hint=f"Write --to {to}=NAME.gguf.")
+        return TargetSpec(f"{GGUF}:{mix.name}", path)
     return target
 
 

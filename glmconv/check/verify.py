@@ -14,7 +14,7 @@ from glmconv.check.compare import Comparison, Difference, compare
 from glmconv.checkpoint import open_checkpoint, resolve, unfinished
 from glmconv.dtypes import BY_NAME
 from glmconv.engine.files import Disk
-from glmconv.engine.journal import BESIDE, final_path
+from glmconv.engine.journal import BESIDE, final_path, folder_of_file
 from glmconv.engine.manifest import Manifest, load_manifest
 from glmconv.errors import Interrupted, SourceError
 from glmconv.formats import FORMATS
@@ -54,7 +54,7 @@ def verify_output(
 ) -> ManifestCheck:  # fmt: skip
     """Read every byte of an output and hold it against its manifest. SourceError if `path` has no manifest."""
     disk = disk or Disk()
-    root = manifest_root(resolve(path))
+    root = output_root(path)
     try:
         manifest = load_manifest(disk, root)
     except FileNotFoundError:
@@ -74,6 +74,12 @@ def verify_output(
             result.damages += damages
     result.damages += [Damage(name, "is not in the manifest") for name in _strangers(disk, root, manifest)]
     return result
+
+
+def output_root(path: str | Path) -> Path:
+    """The folder of an output, by its path: of one that is a file the folder beside it. SourceError if there is none."""
+    beside = folder_of_file(Path(path))
+    return beside if Path(path).is_file() and beside.is_dir() else manifest_root(resolve(path))
 
 
 def manifest_root(path: Path) -> Path:

@@ -16,6 +16,7 @@ Examples:
   glmconv convert /models/glm45 /models/glm45-hf --to hf
   glmconv convert /models/glm45 /models/glm45-fp8 --to fp8
   glmconv convert SRC --to torch_dist=DIR --to fp8:ue8m0=DIR2
+  glmconv convert /models/glm45 GLM-4.5-Q4_K_M.gguf --to gguf:Q4_K_M
   torchrun --nnodes 2 --nproc-per-node 8 ... -m glmconv convert SRC DST --to torch_dist
 """
 
@@ -40,6 +41,7 @@ def command(ctx: click.Context, /, src: str, dst: Path | None, to: tuple[str, ..
       mxfp8                                     FP8 in groups of 32 under powers of two
       awq[:g128|:g64|:g32|:auto]                4 bits, AutoAWQ's gemm layout
       int4[:g128|:g64|:g32|:auto][:sym|:asym]   4 bits, compressed-tensors' pack-quantized
+      gguf:Q4_K_M (or any file type)            llama.cpp's file: DST or =FILE ends in .gguf
 
     The same command again, after any interruption, goes on where it stopped and gives the same bytes.
     """
@@ -61,7 +63,7 @@ def command(ctx: click.Context, /, src: str, dst: Path | None, to: tuple[str, ..
         out.note(f"note: {note}")
     if this_rank() != 0:
         return 0  # rank 0 speaks for all
-    verified = _verify(out, src, [target.path for target in targets if target.path], check, done.workers, chosen)
+    verified = _verify(out, src, [target.path for target in targets if target.path and target.readable], check, done.workers, chosen)
     if out.json:
         out.json_data(_summary(done, verified))
     else:
@@ -74,7 +76,7 @@ def _verify(out: Output, src: str, paths: list[Path], check: str, workers: int, 
     from glmconv.check.read_back import read_back
     from glmconv.cli.sessions import stoppable
 
-    if check == "none":
+    if check == "none" or not paths:
         return {"verify": "none"}
     with stoppable() as stop, out.bar("verify") as (started, progress):
         origin, base = chosen.get("origin"), chosen.get("mtp_from")
@@ -92,7 +94,7 @@ def _summary(done: object, verified: dict[str, object]) -> dict[str, object]:
     targets = [
         {
             "to": o.target.plan.to,
-            "path": str(o.target.root),
+            "path": str(o.target.path),
             "plan_id": o.target.plan.id,
             "bytes": o.target.plan.size,
             "files_written": o.files_written,
@@ -116,10 +118,12 @@ def _print(out: Output, src: str, targets: object, done: object, verified: dict[
         if outcome.moved_aside:
             out.data(f"what was there is now {outcome.moved_aside}")
         if outcome.already_done:
-            out.data(f"{outcome.target.root}: already done ({plan.to}, {human(plan.size)}); nothing was written")
+            out.data(f"{outcome.target.path}: already done ({plan.to}, {human(plan.size)}); nothing was written")
             continue
         kept = f", {outcome.files_kept} of them kept from before" if outcome.files_kept else ""
-        out.data(f"{outcome.target.root}: {plan.to}, {done.tensors:,} tensors, {len(plan.files) + len(plan.marks)} files{kept}, {human(plan.size)}")
+        files = len(plan.files) + len(plan.marks)
+        count = f"{files} {'file' if files == 1 else 'files'}{kept}"
+        out.data(f"{outcome.target.path}: {plan.to}, {done.tensors:,} tensors, {count}, {human(plan.size)}")
     if done.dropped:
         out.data(f"{done.dropped:,} MTP tensors left out (--mtp drop)")
     counts = verified.get("verified")
@@ -128,5 +132,8 @@ def _print(out: Output, src: str, targets: object, done: object, verified: dict[
         lost = f"{counts['quantized']:,} are quantized with a relative RMSE of at most {counts['rmse']:.4g}, " if counts["quantized"] else ""
         out.data(f"read back: {lost}{exact:,} tensors are bit-identical")
     first = done.outcomes[0]
+    if first.target.outside:
+        out.note(f"next: glmconv verify {src} {first.target.path} --exact   or   llama-cli -m {first.target.path}")
+        return
     other = "hf" if first.target.plan.to == "torch_dist" else "torch_dist"
     out.note(f"next: glmconv verify {src} {first.target.root}   or   glmconv convert {first.target.root} DST --to {other}")

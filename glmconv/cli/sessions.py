@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from glmconv.cli.output import say
@@ -48,7 +49,7 @@ def downloaded(*names: str | None) -> None:
     from glmconv.checkpoint import resolve
 
     for name in names:
-        if name is not None:
+        if name is not None and not Path(name).is_file():
             resolve(name)
 
 

@@ -26,6 +26,11 @@ class Target:
     root: Path
 
     @property
+    def path(self) -> Path:
+        """What a user calls the output: the file, if it is one, else the folder."""
+        return self.outside[0] if len(self.outside) == 1 else self.root
+
+    @property
     def outside(self) -> list[Path]:
         """Files of the output that lie beside its folder."""
         return [final_path(self.root, file.name) for file in self.plan.files if file.name.startswith(BESIDE)]

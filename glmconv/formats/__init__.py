@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from glmconv.formats.format import Format
+from glmconv.formats.gguf import GGUF
 from glmconv.formats.huggingface import HUGGINGFACE
 from glmconv.formats.torch_dist import TORCH_DIST
 
-FORMATS: dict[str, Format] = {form.name: form for form in (TORCH_DIST, HUGGINGFACE)}
+FORMATS: dict[str, Format] = {form.name: form for form in (TORCH_DIST, HUGGINGFACE, GGUF)}

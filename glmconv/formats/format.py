@@ -111,6 +111,8 @@ class LayoutOptions:
     mtp: bool = True
     dialect: str = "auto"
     apart: str = ""  # file for the MTP layers, where the release's layout is not known
+    file_type: str = ""  # GGUF: the mix
+    name: str = "model.gguf"  # GGUF: of the file
     codec: Codec | None = None  # how linear weights are encoded; None: not at all
     quant: QuantOptions = field(default_factory=QuantOptions)
 
@@ -124,4 +126,5 @@ class Format:
     detect: Callable[[Path], bool]
     open: Callable[[Path, OpenOptions], Opened]
     plan: Callable[[Opened, LayoutOptions], Plan]
+    readable: bool = True
     manifest_at: Callable[[Path], Path] = lambda path: path  # the folder that holds the manifest of a checkpoint given by this path

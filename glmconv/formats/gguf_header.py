@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from glmconv.codecs.ggml import GgmlType, row_size
 from glmconv.engine.inputs import InputFile
 from glmconv.errors import SourceError, UnsupportedError, printable
-from glmconv.formats.gguf_types import BY_NUMBER, ESCAPED, FORMATS, SIZES, Array, Entry, GgmlType, Kind, Value, packed
+from glmconv.formats.gguf_types import BY_NUMBER, ESCAPED, FORMATS, SIZES, Array, Entry, Kind, Value, packed
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -65,7 +66,7 @@ class GgufHeader:
 
 def data_size(type_: GgmlType, ne: Sequence[int]) -> int:
     """A tensor's bytes without padding."""
-    return type_.row_size(ne[0]) * math.prod(ne[1:])
+    return row_size(type_, ne[0]) * math.prod(ne[1:])
 
 
 def padded(size: int, alignment: int = ALIGNMENT) -> int:
@@ -309,7 +310,7 @@ def write_header(kv: Iterable[Entry], tensors: Iterable[tuple[str, GgmlType, Seq
     for name, type_, ne in described:
         if not _plain(name, NAME_LONGEST) or not 1 <= len(ne) <= RANK or min(ne) < 1 or ne[0] % type_.block:
             raise ValueError(f"{name!r} of {type_.name} {list(ne)} is no tensor")
-        parts += [packed(Kind.STRING, name), struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, type_.number, at)]
+        parts += [packed(Kind.STRING, name), struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, type_.id, at)]
         at += padded(data_size(type_, ne), alignment)
     head = MAGIC + struct.pack("<IQQ", VERSION, len(described), len(entries)) + b"".join(parts)
     return head + bytes(-len(head) % alignment)

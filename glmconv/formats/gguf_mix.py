@@ -13,16 +13,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
 
+from glmconv.codecs.ggml import TYPES
 from glmconv.errors import UsageError, printable
 
-BLOCKS: dict[str, tuple[int, int]] = {  # type -> elements of a block, its bytes
-    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2),
-    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34), "IQ4_NL": (32, 18), "MXFP4": (32, 17),
-    "Q2_0": (64, 18), "NVFP4": (64, 36), "Q1_0": (128, 18),
-    "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
-    "IQ1_S": (256, 50), "IQ1_M": (256, 56), "IQ2_XXS": (256, 66), "IQ2_XS": (256, 74), "IQ2_S": (256, 82), "IQ3_XXS": (256, 98),
-    "IQ3_S": (256, 110), "IQ4_XS": (256, 136), "TQ1_0": (256, 54), "TQ2_0": (256, 66),
-}  # fmt: skip
+BLOCKS = {name: (kind.block, kind.size) for name, kind in TYPES.items()}  # type -> elements of a block, its bytes
 FALLBACK = {  # where a row is no whole number of blocks; where that does not divide it either: F16
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
     **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),

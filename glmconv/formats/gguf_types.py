@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
+from glmconv.codecs.ggml import TYPES, GgmlType
 from glmconv.errors import SourceError
 
 
@@ -63,32 +64,10 @@ class Entry(NamedTuple):
     value: object
 
 
-@dataclass(frozen=True)
-class GgmlType:
-    """A tensor's element type: `block` elements of a row are `size` bytes."""
-
-    name: str
-    number: int
-    block: int
-    size: int
-
-    def row_size(self, columns: int) -> int:
-        """Bytes of a row, which is a whole number of blocks."""
-        return columns // self.block * self.size
-
-
-# fmt: off
-GGML_TYPES = tuple(GgmlType(*row) for row in (
-    ("F32", 0, 1, 4), ("F16", 1, 1, 2), ("BF16", 30, 1, 2), ("F64", 28, 1, 8),
-    ("I8", 24, 1, 1), ("I16", 25, 1, 2), ("I32", 26, 1, 4), ("I64", 27, 1, 8),
-    ("Q4_0", 2, 32, 18), ("Q4_1", 3, 32, 20), ("Q5_0", 6, 32, 22), ("Q5_1", 7, 32, 24), ("Q8_0", 8, 32, 34),
-    ("Q2_K", 10, 256, 84), ("Q3_K", 11, 256, 110), ("Q4_K", 12, 256, 144), ("Q5_K", 13, 256, 176), ("Q6_K", 14, 256, 210),
-    ("IQ2_XXS", 16, 256, 66), ("IQ2_XS", 17, 256, 74), ("IQ3_XXS", 18, 256, 98), ("IQ1_S", 19, 256, 50), ("IQ4_NL", 20, 32, 18),
-    ("IQ3_S", 21, 256, 110), ("IQ2_S", 22, 256, 82), ("IQ4_XS", 23, 256, 136), ("IQ1_M", 29, 256, 56),
-    ("TQ1_0", 34, 256, 54), ("TQ2_0", 35, 256, 66), ("MXFP4", 39, 32, 17), ("NVFP4", 40, 64, 36), ("Q1_0", 41, 128, 18), ("Q2_0", 42, 64, 18),
-))
-# fmt: on
-BY_NUMBER = {known.number: known for known in GGML_TYPES}
+# Beside the types of weights: what a file may hold, and nothing here makes
+PLAIN = (GgmlType("F64", 28, 1, 8), GgmlType("I8", 24, 1, 1), GgmlType("I16", 25, 1, 2), GgmlType("I32", 26, 1, 4), GgmlType("I64", 27, 1, 8))
+GGML_TYPES = (*TYPES.values(), *PLAIN)
+BY_NUMBER = {known.id: known for known in GGML_TYPES}
 BY_NAME = {known.name: known for known in GGML_TYPES}
 
 

@@ -327,4 +327,4 @@ def recorded_args(folder: InputFolder, metadata: DcpMetadata) -> tuple[Mapping[s
     return None, ""
 
 
-TORCH_DIST = Format("torch_dist", "Megatron torch_dist", detect, open_folder, torch_dist_layout.plan, manifest_at)
+TORCH_DIST = Format("torch_dist", "Megatron torch_dist", detect, open_folder, torch_dist_layout.plan, manifest_at=manifest_at)

@@ -10,10 +10,11 @@ from typing import Any
 from glmconv.archs import ArchSpec, text_of
 from glmconv.toy.tokenizer import SMALLEST_VOCABULARY, special_ids
 
+# index_head_dim stays as it is: llama.cpp turns an indexer's heads by a matrix of one size
 # field -> (step, least): scaled down to a multiple of `step`, not below `least`
 WIDTHS = {
     "hidden_size": (8, 16), "intermediate_size": (8, 16), "moe_intermediate_size": (8, 16), "q_lora_rank": (8, 24), "kv_lora_rank": (8, 16),
-    "qk_nope_head_dim": (4, 12), "qk_rope_head_dim": (4, 8), "v_head_dim": (4, 16), "index_head_dim": (8, 16), "index_n_heads": (1, 2),
+    "qk_nope_head_dim": (4, 12), "qk_rope_head_dim": (4, 8), "v_head_dim": (4, 16), "index_n_heads": (1, 2),
 }  # fmt: skip
 TOP_K = 16  # of a small indexer: fewer than the tokens of a short prompt, so that its weights matter
 VISION_DEPTH, VISION_HEADS, VISION_HEAD_DIM, VISION_PATCHES = 2, 2, 16, 4

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glmconv.codecs.ggml import row_size
 from glmconv.engine.inputs import InputFolder
 from glmconv.errors import GlmconvError, SourceError, UnsupportedError
 from glmconv.formats.gguf_header import ALIGNMENTS, TENSORS, GgufHeader, data_size, padded, read_header, write_header
@@ -158,8 +159,8 @@ def test_the_packages_writer_writes_the_same_bytes(tmp_path_factory, described, 
         else:
             writer.add_key_value(key, value, gguf.GGUFValueType(kind))
     for name, kind, ne in described:
-        bytes_of_row = (*reversed(ne[1:]), kind.row_size(ne[0]))
-        theirs = gguf.GGMLQuantizationType(kind.number)
+        bytes_of_row = (*reversed(ne[1:]), row_size(kind, ne[0]))
+        theirs = gguf.GGMLQuantizationType(kind.id)
         writer.add_tensor_info(name, bytes_of_row, np.dtype(np.uint8), math.prod(bytes_of_row), raw_dtype=theirs)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -187,7 +188,7 @@ def test_the_packages_reader_reads_the_same_from_our_files(tmp_path_factory, kv,
         assert field.contents() == (value.values if isinstance(value, Array) else value)
     at = start
     for found, (name, kind, ne) in zip(reader.tensors, described, strict=True):
-        assert (found.name, int(found.tensor_type), tuple(found.shape.tolist()), found.data_offset) == (name, kind.number, ne, at)
+        assert (found.name, int(found.tensor_type), tuple(found.shape.tolist()), found.data_offset) == (name, kind.id, ne, at)
         assert found.n_bytes == data_size(kind, ne)
         at += padded(data_size(kind, ne))
 
@@ -217,7 +218,7 @@ def test_what_we_accept_of_broken_files_the_package_reads_alike(tmp_path):
 def test_sizes_of_types_are_the_packages():
     gguf = pytest.importorskip("gguf")
     theirs = {kind.name: (int(kind), *gguf.GGML_QUANT_SIZES[kind]) for kind in gguf.GGMLQuantizationType}
-    ours = {kind.name: (kind.number, kind.block, kind.size) for kind in GGML_TYPES}
+    ours = {kind.name: (kind.id, kind.block, kind.size) for kind in GGML_TYPES}
     assert {name: ours[name] for name in ours if name in theirs} == {name: theirs[name] for name in theirs if name in ours}
     assert ours.keys() - theirs.keys() <= {"Q1_0", "Q2_0"}
     assert theirs.keys() - ours.keys() <= {"Q8_1", "Q8_K"}  # of activations, never in a file
