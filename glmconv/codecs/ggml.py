@@ -59,6 +59,7 @@ SCALES: Mapping[str, tuple[int, ...]] = {
     "F16": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2),
     "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,),
 }  # fmt: skip
+NATIVE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ENCODED = ("F32", "BF16", *SCALES, "MXFP4")
 WEIGHTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")  # what an importance matrix changes
 
@@ -76,14 +77,6 @@ def row_size(kind: GgmlType, columns: int) -> int:
     if columns % kind.block:
         raise ValueError(f"{columns:,} columns are no multiple of {kind.name}'s {kind.block}")
     return columns // kind.block * kind.size
-
-
-def _encoder(name: str) -> Callable[[Array, Array, Array], None]:
-    from glmconv.kernels import ggml_iq4, ggml_k, ggml_simple
-
-    room = ggml_k if name.endswith("_K") else ggml_iq4 if name.startswith("IQ4") else ggml_simple
-    encode: Callable[[Array, Array, Array], None] = getattr(room, f"encode_{name.lower()}")
-    return encode
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,19 +142,23 @@ class GgmlEncoding:
         raise ValueError("ggml's blocks have no held parts")
 
     def encode(self, start: int, rows: memoryview, out: memoryview) -> int:
+        from glmconv.kernels.ggml import encode
         from glmconv.kernels.nonfinite import first_nonfinite
 
-        encode, kind = _encoder(self.encoder.kind.name), self.encoder.kind
+        kind = self.encoder.kind
         weight = values(rows, self.encoder.dtype, self.encoder.shape[1])
         blocks = np.frombuffer(out, np.uint8).reshape(len(weight), -1)
         bad = first_nonfinite(rows, self.encoder.dtype.name)
         for strip, importance in self._strips(start, len(weight)):
-            encode(self._widened(weight[strip]), importance, blocks[strip].reshape(-1, kind.size))
+            if NATIVE.get(kind.name) == self.encoder.dtype.name:
+                blocks[strip] = weight[strip].view(np.uint8)
+            else:
+                encode(kind.name, self._widened(weight[strip]), importance, blocks[strip])
             if bad is None:
                 _check(kind, blocks[strip], start + strip.start)
         return -1 if bad is None else bad
 
-    def _strips(self, start: int, count: int) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    def _strips(self, start: int, count: int) -> Iterator[tuple[slice, NDArray[np.float32] | None]]:
         """Slices of the rows given, each with its importance."""
         rows, columns = self.encoder.shape
         weights = self.encoder.weights
@@ -170,17 +167,17 @@ class GgmlEncoding:
         while at < count:
             number = (start + at) // max(tall, 1)
             end = min(count, (number + 1) * tall - start, at + max(1, STRIP // max(columns, 1)))
-            yield slice(at, end), weights[number] if weights.size else weights.reshape(-1)
+            yield slice(at, end), weights[number] if weights.size else None
             at = end
 
     def _widened(self, rows: Array) -> NDArray[np.float32]:
         if rows.dtype == np.float32:
-            return rows.reshape(-1)
-        wide = self.wide[: rows.size]
+            return rows
+        wide = self.wide[: rows.size].reshape(rows.shape)
         if self.encoder.dtype.name == "bfloat16":
-            np.left_shift(rows.reshape(-1), 16, out=wide.view(np.uint32), dtype=np.uint32)
+            np.left_shift(rows, 16, out=wide.view(np.uint32), dtype=np.uint32)
         else:
-            np.copyto(wide, rows.reshape(-1))
+            np.copyto(wide, rows)
         return wide
 
 

@@ -241,5 +241,29 @@ def decode_iq1_m(data: Array) -> Floats:
 
 
 DECODE: Mapping[str, Callable[[Array], Floats]] = {
-    name.removeprefix("decode_").upper(): function for name, function in list(globals().items()) if name.startswith("decode_")
+    "F32": decode_f32,
+    "F16": decode_f16,
+    "BF16": decode_bf16,
+    "Q4_0": decode_q4_0,
+    "Q4_1": decode_q4_1,
+    "Q5_0": decode_q5_0,
+    "Q5_1": decode_q5_1,
+    "Q8_0": decode_q8_0,
+    "MXFP4": decode_mxfp4,
+    "Q2_K": decode_q2_k,
+    "Q3_K": decode_q3_k,
+    "Q4_K": decode_q4_k,
+    "Q5_K": decode_q5_k,
+    "Q6_K": decode_q6_k,
+    "IQ4_NL": decode_iq4_nl,
+    "IQ4_XS": decode_iq4_xs,
+    "TQ1_0": decode_tq1_0,
+    "TQ2_0": decode_tq2_0,
+    "IQ2_XXS": decode_iq2_xxs,
+    "IQ2_XS": decode_iq2_xs,
+    "IQ2_S": decode_iq2_s,
+    "IQ3_XXS": decode_iq3_xxs,
+    "IQ3_S": decode_iq3_s,
+    "IQ1_S": decode_iq1_s,
+    "IQ1_M": decode_iq1_m,
 }

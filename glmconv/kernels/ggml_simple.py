@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from glmconv.kernels.floats import Array, f32, i32, real, to_float16, u8, u16, u32, widen
+from glmconv.kernels.floats import Array, bits, f32, i32, narrow, real, to_float16, u8, u16, u32, widen
 from glmconv.kernels.ggml_search import gather, minimum, scatter, signed, squares, weigh
 from glmconv.kernels.jit import inner, kernel
 from glmconv.kernels.lanes import LANES, load, store, where, whole
@@ -23,15 +23,11 @@ def encode_f32(values: Array, importance: Array, out: Array) -> None:
 
 
 def encode_f16(values: Array, importance: Array, out: Array) -> None:
-    with np.errstate(over="ignore"):
-        out.reshape(-1).view("<f2")[:] = values
+    _narrowed(values, out.reshape(-1).view(np.int16))
 
 
 def encode_bf16(values: Array, importance: Array, out: Array) -> None:
-    b = values.view(np.uint32)
-    rounded = (b + (np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
-    quiet = (b >> np.uint32(16)) | np.uint32(64)
-    out.reshape(-1).view("<u2")[:] = np.where(np.isnan(values), quiet, rounded)
+    _narrowed(values, out.reshape(-1).view(np.uint16))
 
 
 def encode_q4_0(values: Array, importance: Array, out: Array) -> None:
@@ -116,6 +112,15 @@ def _away(v: Any) -> Any:
     low = f32(math.floor(a))
     low = low + f32(1) if f32(a - low) >= f32(0.5) else low
     return _cut(-low if v < f32(0) else low)
+
+
+@kernel
+def _narrowed(values: Any, out: Any) -> None:
+    """float32 to bfloat16 or float16; NaN is quiet."""
+    for i in range(len(out)):
+        b = bits(values[i])
+        quiet = real(u32(b & u32(0xFFFF_0000)) | u32(0x0040_0000)) if u32(b & u32(0x7FFF_FFFF)) > u32(0x7F80_0000) else values[i]
+        out[i] = narrow(quiet, out[i])
 
 
 @kernel

@@ -11,29 +11,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glmconv.codecs.ggml import ENCODED, TYPES
-from glmconv.kernels import ggml_grids, ggml_iq4, ggml_k, ggml_simple
+from glmconv.kernels import ggml_grids
+from glmconv.kernels.ggml import WAYS, encode
 from glmconv.kernels.ggml_decode import DECODE
 from tests.kernels import ggml_reference as reference
 
 VECTORS = Path(__file__).parent.parent / "vectors" / "ggml"
 INPUTS = np.load(VECTORS / "inputs.npz")
-NONE = np.empty(0, np.float32)
-IMPORTANCE = {"n": NONE, "a": INPUTS["imatrix"], "b": INPUTS["imatrix_zeros"]}
-ENCODE = {
-    name: next(getattr(room, f"encode_{name.lower()}") for room in (ggml_simple, ggml_k, ggml_iq4) if hasattr(room, f"encode_{name.lower()}"))
-    for name in ENCODED
-}
+IMPORTANCE = {"n": None, "a": INPUTS["imatrix"], "b": INPUTS["imatrix_zeros"]}
 # of the types with codes, at most this part of a block's largest magnitude is lost, where float16 holds its scales to all bits
 ERROR = {"Q8_0": 0.005, "Q6_K": 0.05, "Q5_K": 0.1, "Q5_0": 0.1, "Q5_1": 0.1, "Q4_0": 0.2, "Q4_1": 0.2, "Q4_K": 0.2, "IQ4_NL": 0.25, "IQ4_XS": 0.25,
          "Q3_K": 0.35, "Q2_K": 0.5, "MXFP4": 0.34, "TQ1_0": 0.51, "TQ2_0": 0.51}  # fmt: skip
 
 
-def encoded(name: str, values: np.ndarray, importance: np.ndarray = NONE) -> np.ndarray:
-    """[blocks, bytes]; the array is filled before, so that what is not written is seen."""
+def encoded(name: str, values: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+    """[blocks, bytes] of rows as long as the importance; the array is filled before, so that what is not written is seen."""
     kind = TYPES[name]
-    out = np.full((values.size // kind.block, kind.size), 0xA5, np.uint8)
-    ENCODE[name](np.ascontiguousarray(values, np.float32).reshape(-1), importance, out)
-    return out
+    rows = np.ascontiguousarray(values, np.float32).reshape(-1, values.shape[-1] if importance is None else len(importance))
+    out = np.full((len(rows), rows.shape[1] // kind.block * kind.size), 0xA5, np.uint8)
+    encode(name, rows, importance, out)
+    return out.reshape(-1, kind.size)
 
 
 def decoded(name: str, blocks: np.ndarray) -> np.ndarray:
@@ -84,7 +81,8 @@ def test_values_are_those_of_ggml(name):
 
 
 def test_every_type_that_is_written_is_read():
-    assert set(ENCODED) <= set(DECODE) <= set(TYPES)
+    assert set(ENCODED) == set(WAYS) <= set(DECODE) <= set(TYPES)
+    assert all((TYPES[name].block, TYPES[name].size) == way[:2] for name, way in WAYS.items())
     for name in ("F32", "BF16", "F16"):
         x = np.array([0.0, -0.0, 1.5, -65280.0, 2.0**-20], np.float32)
         np.testing.assert_array_equal(decoded(name, encoded(name, x)), x)
@@ -128,7 +126,7 @@ def test_iq4_nl_is_the_reference(seed, kind):
 @given(seed=SEEDS, kind=st.sampled_from(["normal", "constant", "zeros", "whole"]), weighted=st.booleans())
 def test_little_is_lost(name, seed, kind, weighted):
     x = blocks(seed, kind, 3) * np.float32(50)
-    importance = (np.random.default_rng(seed).random(256) * 0.1 + 1).astype(np.float32) if weighted else NONE
+    importance = (np.random.default_rng(seed).random(256) * 0.1 + 1).astype(np.float32) if weighted else None
     got = decoded(name, encoded(name, x, importance))
     assert np.isfinite(got).all()
     reach = np.repeat(np.abs(x).reshape(-1, TYPES[name].block).max(axis=1), TYPES[name].block).clip(0.05)
@@ -140,6 +138,23 @@ def test_little_is_lost(name, seed, kind, weighted):
 @given(seed=SEEDS, kind=KINDS, cut=st.integers(1, 4), weighted=st.booleans())
 def test_a_block_is_encoded_alike_in_any_company(name, seed, kind, cut, weighted):
     x = blocks(seed, kind, 5)
-    importance = np.abs(blocks(seed + 1, "normal", 1)) if weighted else NONE
+    importance = np.abs(blocks(seed + 1, "normal", 1)) if weighted else None
     apart = [encoded(name, x[: cut * 256], importance), encoded(name, x[cut * 256 :], importance)]
     np.testing.assert_array_equal(encoded(name, x, importance), np.concatenate(apart))
+
+
+def test_arrays_that_do_not_fit_are_refused():
+    rows, out = np.zeros((2, 512), np.float32), np.zeros((2, 288), np.uint8)
+    for wrong in (
+        (rows[:, :300], None, out), (rows[:, ::2], None, out),
+        (rows.astype(np.float64), None, out), (rows, None, out[:, :287]), (rows, None, out[:1]),
+        (rows, np.ones(511, np.float32), out), (rows, np.ones(512), out),
+    ):  # fmt: skip
+        with pytest.raises(ValueError):
+            encode("Q4_K", *wrong)
+
+
+def test_nan_stays_nan_in_floats():
+    x = np.array([0x7F800001, 0xFFFFFFFF, 0x7FC00000], np.uint32).view(np.float32)[None]
+    for name in ("F32", "F16", "BF16"):
+        assert np.isnan(decoded(name, encoded(name, x))).all()
