@@ -65,6 +65,6 @@ def encode(name: str, rows: Array, importance: Array | None, out: Array) -> None
 
 def _still(array: Array) -> Array:
     """A view that may not be written: numba compiles anew for arrays that may."""
-    view = array.view()
+    view: Array = array.view()
     view.flags.writeable = False
     return view

@@ -99,11 +99,11 @@ def _scales(scales: Any, factors: Any, small: Any, out: Any) -> None:
     d = -top / f32(32)
     put_half(out, 0, d)
     unit = f32(1) / d if d != f32(0) else f32(0)
-    out[2:8] = u8(0)
+    out[2:8] = 0
     for j in range(8):
         small[j] = min(max(nearest(unit * scales[j]), i32(-32)), i32(31))
         step = d * f32(small[j])
         factors[j] = f32(1) / step if step != f32(0) else f32(0)
-        code = u8(small[j] + i32(32))
-        out[4 + j // 2] |= u8(u8(code & u8(15)) << u8(4 * (j % 2)))
-        out[2 + j // 4] |= u8(u8(code >> u8(4)) << u8(2 * (j % 4)))
+        code = small[j] + 32
+        out[4 + j // 2] |= (code & 15) << 4 * (j % 2)
+        out[2 + j // 4] |= code >> 4 << 2 * (j % 4)

@@ -122,24 +122,29 @@ def _encode_with_minimum(values: Any, importance: Any, out: Any, bits: int) -> N
 def _pack_with_minimum(codes: Any, ls: Any, lm: Any, out: Any, bits: int) -> None:
     if bits == 2:
         for j in range(16):
-            out[j] = u8(ls[j] | u8(lm[j] << u8(4)))
+            out[j] = ls[j] | lm[j] << 4
         _pack_quarters(codes, out[16:80])
         return
     for j in range(4):
-        a, b = ls[j + 4], lm[j + 4]
-        out[4 + j] = u8(ls[j] | u8(u8(a >> u8(4)) << u8(6)))
-        out[8 + j] = u8(lm[j] | u8(u8(b >> u8(4)) << u8(6)))
-        out[12 + j] = u8(u8(a & u8(15)) | u8(u8(b & u8(15)) << u8(4)))
+        out[4 + j] = ls[j] | ls[j + 4] >> 4 << 6
+        out[8 + j] = lm[j] | lm[j + 4] >> 4 << 6
+        out[12 + j] = ls[j + 4] & 15 | lm[j + 4] << 4
     if bits == 5:
-        for i in range(32):
-            high = u8(0)
-            for j in range(8):
-                high |= u8(u8(codes[32 * j + i] >> u8(4)) << u8(j))
-            out[16 + i] = high
+        _pack_bits(codes, 4, out[16:48])
     low = out[16 if bits == 4 else 48 :]
     for j in range(4):
         for i in range(32):
-            low[32 * j + i] = u8(u8(codes[64 * j + i] & u8(15)) | u8(codes[64 * j + 32 + i] << u8(4)))
+            low[32 * j + i] = codes[64 * j + i] & 15 | codes[64 * j + 32 + i] << 4
+
+
+@inner
+def _pack_bits(codes: Any, bit: int, out: Any) -> None:
+    """One bit of each code: those of eight sub-blocks of 32 side by side."""
+    for i in range(32):
+        high = 0
+        for j in range(8):
+            high |= (codes[32 * j + i] >> bit & 1) << j
+        out[i] = high
 
 
 @inner
@@ -148,8 +153,7 @@ def _pack_quarters(codes: Any, out: Any) -> None:
     for h in range(2):
         for i in range(32):
             c = 128 * h + i
-            low = u8(u8(codes[c] & u8(3)) | u8(u8(codes[c + 32] & u8(3)) << u8(2)))
-            out[32 * h + i] = u8(low | u8(u8(u8(codes[c + 64] & u8(3)) << u8(4)) | u8(codes[c + 96] << u8(6))))
+            out[32 * h + i] = codes[c] & 3 | (codes[c + 32] & 3) << 2 | (codes[c + 64] & 3) << 4 | codes[c + 96] << 6
 
 
 @kernel
@@ -236,17 +240,13 @@ def _signed_scales(scales: Any, steps: int, small: Any) -> Any:
 
 @inner
 def _pack_q3(codes: Any, small: Any, out: Any) -> None:
-    for i in range(32):
-        high = u8(0)
-        for j in range(8):
-            high |= u8(u8(codes[32 * j + i] >> u8(2)) << u8(j))
-        out[i] = high
+    _pack_bits(codes, 2, out[:32])
     _pack_quarters(codes, out[32:96])
-    out[96:108] = u8(0)
+    out[96:108] = 0
     for j in range(16):
-        code = u8(small[j] + i32(32))
-        out[96 + j % 8] |= u8(u8(code & u8(15)) << u8(4 * (j // 8)))
-        out[104 + j % 4] |= u8(u8(code >> u8(4)) << u8(2 * (j // 4)))
+        code = small[j] + 32
+        out[96 + j % 8] |= (code & 15) << 4 * (j // 8)
+        out[104 + j % 4] |= code >> 4 << 2 * (j // 4)
 
 
 @inner
@@ -254,9 +254,8 @@ def _pack_q6(codes: Any, small: Any, out: Any) -> None:
     for h in range(2):
         for i in range(32):
             a, b, c, d = codes[128 * h + i], codes[128 * h + 32 + i], codes[128 * h + 64 + i], codes[128 * h + 96 + i]
-            out[64 * h + i] = u8(u8(a & u8(15)) | u8(c << u8(4)))
-            out[64 * h + 32 + i] = u8(u8(b & u8(15)) | u8(d << u8(4)))
-            high = u8(u8(a >> u8(4)) | u8(u8(b >> u8(4)) << u8(2)))
-            out[128 + 32 * h + i] = u8(high | u8(u8(u8(c >> u8(4)) << u8(4)) | u8(u8(d >> u8(4)) << u8(6))))
+            out[64 * h + i] = a & 15 | c << 4
+            out[64 * h + 32 + i] = b & 15 | d << 4
+            out[128 + 32 * h + i] = a >> 4 | b >> 4 << 2 | c >> 4 << 4 | d >> 4 << 6
     for j in range(16):
-        out[192 + j] = u8(small[j])
+        out[192 + j] = small[j]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from glmconv.kernels.floats import Array, bits, f32, i32, narrow, real, to_float16, u8, u16, u32, widen
+from glmconv.kernels.floats import Array, bits, f32, i32, narrow, real, to_float16, u8, u32, widen
 from glmconv.kernels.ggml_search import gather, minimum, scatter, signed, squares, weigh
 from glmconv.kernels.jit import inner, kernel
 from glmconv.kernels.lanes import LANES, load, store, where, whole
@@ -73,8 +73,8 @@ def encode_tq2_0(values: Array, importance: Array, out: Array) -> None:
 def put_half(out: Any, at: int, value: Any) -> Any:
     """Store as float16, little-endian; returns the value as stored."""
     h = to_float16(value)
-    out[at] = u8(u16(h) & u16(0xFF))
-    out[at + 1] = u8(u16(u16(h) >> u16(8)))
+    out[at] = h & 0xFF
+    out[at + 1] = h >> 8
     return widen(h)
 
 
@@ -82,7 +82,7 @@ def put_half(out: Any, at: int, value: Any) -> Any:
 def pack_halves(codes: Any, out: Any) -> None:
     """32 codes to 16 bytes: the first half in the lower nibbles."""
     for i in range(16):
-        out[i] = u8(u8(codes[i] & u8(15)) | u8(codes[16 + i] << u8(4)))
+        out[i] = codes[i] & 15 | codes[16 + i] << 4
 
 
 @inner
@@ -90,9 +90,9 @@ def _pack(codes: Any, width: int, out: Any) -> None:
     """Codes of 4 or 5 bits: the fifth ones first."""
     if width == 5:
         for j in range(4):
-            high = u8(0)
+            high = 0
             for i in range(8):
-                high |= u8(u8(codes[8 * j + i] >> u8(4)) << u8(i))
+                high |= codes[8 * j + i] >> 4 << i
             out[j] = high
         pack_halves(codes, out[4:])
     else:
@@ -235,8 +235,7 @@ def _encode_ternary(values: Any, out: Any) -> None:
         if len(block) == 66:
             for j in range(64):
                 c = 128 * (j // 32) + j % 32
-                low = u8(codes[c] + u8(codes[c + 32] << u8(2)))
-                block[j] = u8(low + u8(u8(codes[c + 64] << u8(4)) + u8(codes[c + 96] << u8(6))))
+                block[j] = codes[c] + (codes[c + 32] << 2) + (codes[c + 64] << 4) + (codes[c + 96] << 6)
             put_half(block, 64, peak)
         else:
             for j in range(32):
@@ -251,8 +250,7 @@ def _encode_ternary(values: Any, out: Any) -> None:
 @inner
 def _digits(codes: Any, at: int, apart: int, count: int) -> Any:
     """Codes that lie apart as digits base 3, the first the highest, as a fraction of 256 (rounded up)."""
-    total = u32(0)
+    total = 0
     for k in range(5):
-        total = u32(total * u32(3)) + (u32(codes[at + k * apart]) if k < count else u32(0))
-        total = u32(total & u32(255))
-    return u8(u32(u32(u32(total * u32(256)) + u32(242)) // u32(243)))
+        total = total * 3 + (codes[at + k * apart] if k < count else 0)
+    return ((total & 255) * 256 + 242) // 243
