@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -79,7 +80,7 @@ def verify_output(
 def output_root(path: str | Path) -> Path:
     """The folder of an output, by its path: of one that is a file the folder beside it. SourceError if there is none."""
     beside = folder_of_file(Path(path))
-    return beside if Path(path).is_file() and beside.is_dir() else manifest_root(resolve(path))
+    return beside if os.path.isfile(path) and os.path.isdir(beside) else manifest_root(resolve(path))
 
 
 def manifest_root(path: Path) -> Path:

@@ -49,7 +49,7 @@ def downloaded(*names: str | None) -> None:
     from glmconv.checkpoint import resolve
 
     for name in names:
-        if name is not None and not Path(name).is_file():
+        if name is not None and not os.path.isfile(name):
             resolve(name)
 
 

@@ -36,9 +36,9 @@ def plan(opened: Opened, options: LayoutOptions) -> Plan:
     kv = metadata(opened.model, opened.config, side_bytes(opened), name_of(opened)) + quantized(mix.name)
     pieces: list[Piece] = []
     for tensor, (_, kind, _) in zip(tensors, described, strict=True):
-        pieces += stored(tensor, kind, opened.tensors, strict=options.quant.strict)
+        pieces += stored(tensor, kind, opened.tensors)
     file = OutputFile(BESIDE + options.name, write_header(kv, described), tuple(pieces))
-    chosen: dict[str, object] = {"mtp": options.mtp, "name": options.name, "nonfinite": "error" if options.quant.strict else "keep"}
+    chosen: dict[str, object] = {"mtp": options.mtp, "name": options.name}
     return Plan(f"gguf:{mix.name}", chosen, opened.fingerprint, (file,), (), (*opened.notes, *notes(opened, described, choices)))
 
 
@@ -75,7 +75,7 @@ def side_bytes(opened: Opened) -> dict[str, bytes]:
     return found
 
 
-def stored(tensor: GGUFTensor, kind: GgmlType, readers: Mapping[str, RowReader], *, strict: bool) -> Iterator[Piece]:
+def stored(tensor: GGUFTensor, kind: GgmlType, readers: Mapping[str, RowReader]) -> Iterator[Piece]:
     """The tensor's piece and its padding."""
     columns, rows = tensor.ne[0], math.prod(tensor.ne[1:])
     source = readers[tensor.runs[0].tensor].dtype
@@ -88,7 +88,7 @@ def stored(tensor: GGUFTensor, kind: GgmlType, readers: Mapping[str, RowReader],
     dtype = FLOATS.get(kind.name, "uint8")
     shape = tensor.ne[::-1] if kind.name in FLOATS else (rows, row_size(kind, columns))
     same = dtype == source.name
-    encoder = None if same else GgmlEncoder(kind, (rows, columns), source, strict=strict and kind.name not in FLOATS)
+    encoder = None if same else GgmlEncoder(kind, (rows, columns), source, strict=kind.name not in FLOATS)
     yield Piece(tensor.name, dtype, shape, size, runs, encoder=encoder)
     if gap := padded(size) - size:
         yield Piece(f"padding of {tensor.name}", "uint8", (gap,), gap, literal=bytes(gap), digested=False)
@@ -109,7 +109,7 @@ def notes(opened: Opened, described: Sequence[tuple[str, GgmlType, Sequence[int]
     yield f"{bits / weights:.2f} bits per weight: " + ", ".join(f"{count:,} {name}" for name, count in counts.most_common())
     fallen = Counter(choice.why for choice in choices if choice.why.startswith(("fallback", "no importance")))
     for why, count in fallen.items():
-        yield f"{count:,} tensors: {why}"
+        yield f"{count:,} of the tensors: {why}"
     tower = sum("visual." in name for name in opened.tensors)
     if tower:
         yield f"the {tower:,} tensors of the vision tower are not part of a language model's GGUF; mmproj files are not written yet"
