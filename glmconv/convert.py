@@ -12,7 +12,7 @@ from pathlib import Path
 
 from glmconv.checkpoint import Checkpoint, open_checkpoint
 from glmconv.engine.files import Disk
-from glmconv.engine.plan import Plan, by_source
+from glmconv.engine.plan import Plan, by_source, parts_of
 from glmconv.engine.preflight import Target, preflight, refuse_source, resolved
 from glmconv.engine.queue import JobQueue, ranks_here
 from glmconv.engine.run import Outcome
@@ -194,7 +194,7 @@ def plan(src: str | Path, to: Sequence[str], dst: str | Path | None = None, *, o
             bytes_written=sum(p.size for p in plans),
             peak_memory=resources(options, source, plans).peak,
             disk_needed=needed,
-            jobs=sum(len(p.files) for p in plans),
+            jobs=sum(len(parts_of(p.files)) for p in plans),
             ranks=balance(source, plans, ranks),
             notes=list(dict.fromkeys(note for p in plans for note in p.notes)),
         )
@@ -219,7 +219,8 @@ def bytes_read(source: Checkpoint, plans: Sequence[Plan]) -> int:
 
 def balance(source: Checkpoint, plans: Sequence[Plan], ranks: int) -> list[dict[str, int]]:
     """Jobs and bytes of each rank, if all are equally fast: each takes the next job of the queue when it has finished its last."""
-    sizes = [made.files[number].size for made in plans for number in by_source(made.files, source)]
+    parts = [parts_of(made.files) for made in plans]
+    sizes = [every[number].size for every in parts for number in by_source(every, source)]
     heap = [(0, rank, 0) for rank in range(ranks)]
     for size in sizes:
         done, rank, jobs = heapq.heappop(heap)

@@ -143,6 +143,15 @@ def file_plan(label: str = "made", rows: int = 64) -> Plan:
     return Plan(made.to, made.options, made.source, files)
 
 
+def sectioned_plan(label: str = "made", rows: int = 64) -> Plan:
+    """Two files beside their folder, the first written in five sections, the other whole."""
+    made = made_plan(label, rows, files=3)
+    first, second, third = made.files
+    words = Piece("words", "uint8", (len(label),), len(label), literal=label.encode())
+    large = OutputFile("../made-0.gguf", first.header * 30, (words, *first.pieces, *second.pieces, *third.pieces[1:]), cuts=(1, 2, 3, 5))
+    return Plan(made.to, made.options, made.source, (large, OutputFile("../made-1.gguf", b"", third.pieces[:1])))
+
+
 def expected_file(file: OutputFile, source: MadeSource) -> bytes:
     """A file's bytes, put together without the engine."""
     content = bytearray(file.header)
