@@ -311,7 +311,8 @@ class Crew:
     def explanation(self, error: OSError) -> Exception:
         roots = ", ".join(str(place.target.root) for place in self.places if not place.done)
         done = sum(self.recorded(n) for n in range(len(self.jobs)))
-        state = f"{done} of {len(self.jobs)} files are done"
+        noun = "parts" if any(place.shared for place in self.places) else "files"
+        state = f"{done} of {len(self.jobs)} {noun} are done"
         if error.errno in FULL:
             left = sum(job.part.size for n, job in enumerate(self.jobs) if not self.recorded(n))
             needed = f"{left:,} bytes more are needed; {state}"
