@@ -186,8 +186,11 @@ def refuse_misplaced(options: Options, formats: Collection[str]) -> None:
     if options.megatron_dialect != "auto" and "torch_dist" not in formats:
         raise UsageError("--megatron-dialect is a torch_dist target's; no target is one.", hint="A source's is --source-dialect.")
     for name in GGUF_ALONE:
-        if getattr(options, name) != Options.__dataclass_fields__[name].default and GGUF not in formats:
+        given = getattr(options, name)
+        if given and given != Options.__dataclass_fields__[name].default and GGUF not in formats:
             raise UsageError(f"{SPELLED.get(name, '--' + name.replace('_', '-'))} is a GGUF target's; no target is one.")
+    if options.file_size is not None and set(formats) == {GGUF}:
+        raise UsageError("--shard-size means nothing for a GGUF target.", hint="Several files: --split-max-size.")
     if options.mtp_only and (set(formats) != {GGUF} or not options.mtp):
         raise UsageError("--mtp only is a GGUF target's, and each other target would get all layers.", hint="Convert in two commands.")
 

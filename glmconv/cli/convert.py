@@ -68,7 +68,7 @@ def command(ctx: click.Context, /, src: str, dst: Path | None, to: tuple[str, ..
         out.note(f"note: {note}")
     if this_rank() != 0:
         return 0  # rank 0 speaks for all
-    readable = [target.path for target in done.targets if target.path and target.readable and not options.mtp_only]
+    readable = [written(made) for target, made in zip(done.targets, done.outcomes, strict=True) if target.readable and not options.mtp_only]
     verified = _verify(out, src, readable, check, done.workers, chosen)
     if out.json:
         out.json_data(_summary(done, verified))

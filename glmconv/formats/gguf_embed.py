@@ -20,12 +20,12 @@ from glmconv.formats.torch_dist_layout import LAYOUT, layout_json
 ROOM = 1 << 20  # of the header, for what is not counted here: the tensors' names and places
 
 
-def source_files(opened: Opened) -> Iterator[tuple[str, bytes]]:
-    """Name and content of what rides along, the small ones first."""
+def source_files(opened: Opened) -> Iterator[tuple[str, bytes | None]]:
+    """Name and content of what rides along, the small ones first; None for what is too large to be read."""
     yield CONFIG, config_for(opened)
     for name, rows in sorted(opened.side_files.items(), key=lambda item: (item[1].shape[0], item[0])):
         if rows.shape[0] > STRING_LARGEST:
-            yield name, bytes(STRING_LARGEST + 1)  # whatever it holds, it is too large
+            yield name, None
             continue
         content = bytearray(rows.shape[0])
         rows.read_into(0, memoryview(content))
@@ -44,29 +44,27 @@ def embedded_source(opened: Opened, others: Sequence[Entry], tensors: int) -> tu
         size, held = size + written(entry), held + in_memory(entry)
     files, notes = {}, []
     for name, content in source_files(opened):
-        why = _unfit(name, content)
-        if not why:
-            entry = Entry(SOURCE + name, Kind.STRING, content.decode("utf-8"))
-            size, held = size + written(entry), held + in_memory(entry)
-            if size > HEADER_LARGEST or held > HELD_LARGEST:
-                size, held, why = size - written(entry), held - in_memory(entry), "the header would grow too large"
-        if why:
-            notes.append(f"{name} does not ride along: {why}")
-        else:
+        text, why = _text(name, content)
+        entry = Entry(SOURCE + name, Kind.STRING, text)
+        size, held = size + written(entry), held + in_memory(entry)
+        if not why and content is not None and size <= HEADER_LARGEST and held <= HELD_LARGEST:
             files[name] = content
+            continue
+        size, held = size - written(entry), held - in_memory(entry)
+        notes.append(f"{name} does not ride along: {why or 'the header would grow too large'}")
     return embedded(files), notes
 
 
-def _unfit(name: str, content: bytes) -> str:
+def _text(name: str, content: bytes | None) -> tuple[str, str]:
+    """The content as text, or why it cannot be written."""
     if not (name.isascii() and name.isprintable() and len(SOURCE + name) <= KEY_LONGEST):
-        return "its name cannot be a key"
-    if len(content) > STRING_LARGEST:
-        return f"it has more than {STRING_LARGEST:,} bytes"
+        return "", "its name cannot be a key"
+    if content is None or len(content) > STRING_LARGEST:
+        return "", f"it has more than {STRING_LARGEST:,} bytes"
     try:
-        content.decode("utf-8")
+        return content.decode("utf-8"), ""
     except UnicodeDecodeError:
-        return "it is not UTF-8"
-    return ""
+        return "", "it is not UTF-8"
 
 
 def written(entry: Entry) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from glmconv.errors import UsageError, printable
+from glmconv.errors import SourceError, UsageError, printable
 from glmconv.formats.gguf_mix import type_named
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class GgufOptions:
     def __post_init__(self) -> None:
         if self.split_max_size is not None and self.split_max_tensors is not None:
             raise UsageError("give --split-max-size or --split-max-tensors, not both.")
+        if not all(isinstance(text, str) for text in (*self.tensor_types, self.token_embedding_type, self.output_tensor_type)):
+            raise UsageError("a type is not given as text.")
         for name in ("split_max_size", "split_max_tensors"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -79,10 +81,10 @@ class GgufOptions:
 
 
 def recorded_importance(chosen: Mapping[str, object]) -> tuple[str, str] | None:
-    """(name, sha256) of the importance file that a plan's options tell of; None if there was none. UsageError if they tell neither."""
+    """(name, sha256) of the importance file that a plan's options tell of; None if there was none. SourceError if they are damaged."""
     value = chosen.get("imatrix")
     if value is None:
         return None
     if not isinstance(value, list) or len(value) != 2 or not all(isinstance(part, str) for part in value):
-        raise UsageError("the importance file is not told of by name and sha256.")
+        raise SourceError("has a manifest that names its importance file, but not by name and sha256.")
     return value[0], value[1]

@@ -159,6 +159,7 @@ def test_types_that_need_importance_say_so_by_name(toy, glmconv, tmp_path):
     ("--tensor-type", "attn_q"), ("--tensor-type", "=q8_0"), ("--tensor-type", "attn_q=q9_9"), ("--tensor-type", "(=q8_0"),
     ("--token-embedding-type", "q9"), ("--split-max-size", "0"), ("--split-max-tensors", "0"),
     ("--split-max-size", "1G", "--split-max-tensors", "3"), ("--quantize-from", "float16"), ("--mtp", "none"),
+    ("--shard-size", "1GB"),
 ])  # fmt: skip
 def test_options_that_mean_nothing_are_usage_errors(words, toy, glmconv):
     answer = glmconv("plan", toy(FLAT, EACH), "--to", "gguf:Q8_0", *words)
