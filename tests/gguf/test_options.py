@@ -7,7 +7,7 @@ import json
 import pytest
 
 from glmconv import Options, convert, open_checkpoint
-from glmconv.convert import plan
+from glmconv.convert import plan, plan_again
 from glmconv.errors import SourceError, UnsupportedError, UsageError
 from glmconv.formats.gguf_imatrix import Importance, WeightImportance
 from glmconv.formats.gguf_rows import gguf_derived
@@ -219,3 +219,12 @@ def test_a_weight_beside_quantized_ones_is_widened_with_them(tiny):
         reader.read_into(0, memoryview(out))
         assert reader.dtype.name == "float32"
         assert bytes(out) == source[name].read().float().numpy().tobytes()
+
+
+@pytest.mark.parametrize("chosen", [
+    {"token_embedding_type": 5}, {"output_tensor_type": "q9"}, {"tensor_types": ["("]}, {"tensor_types": [5]}, {"imatrix": "a"}, {"imatrix": ["a"]},
+    {"split_max_size": "9"}, {"split_max_tensors": True}, {"quantize_from": 5}, {"mtp_only": True}, {"name": "{x}.gguf"},
+], ids=str)  # fmt: skip
+def test_a_manifest_with_options_that_are_none_is_a_source_error(chosen, toy):
+    with open_checkpoint(toy(FLAT, EACH)) as source, pytest.raises(SourceError):
+        plan_again(source, "gguf:Q8_0", {"name": "a.gguf", **chosen})
