@@ -1,4 +1,4 @@
-"""Rows of canonical tensors that a GGUF file stores otherwise: a matrix transposed, a decay as llama.cpp computes with it."""
+"""Rows of canonical tensors that a GGUF file takes otherwise: a matrix transposed, a decay as llama.cpp computes with it, all in float32."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from glmconv.dtypes import BY_NAME, DType
+from glmconv.formats.coded import CodedRows
 from glmconv.formats.format import RowReader, row_size
+from glmconv.formats.widen import Widened
 
 TURNED = "turned:"  # turned:FIRST:ROWS:NAME is a matrix, ROWS rows of a canonical tensor from FIRST on, transposed
+FLOAT32 = "float32:"  # of a quantized tensor what its codes say, before that is rounded; any other one widened
 DECAY = "decay:"  # -exp(x) of a canonical tensor, in float32
 
 
@@ -73,10 +76,15 @@ class Decay:
 
 
 def gguf_derived(tensors: Mapping[str, RowReader], name: str) -> RowReader | None:
-    """The reader that a name with one of the two prefixes stands for; None if it has none."""
+    """The reader that a name with one of the prefixes stands for; None if it has none."""
     if name.startswith(TURNED):
         first, rows, name = name.removeprefix(TURNED).split(":", 2)
-        return Turned(tensors[name], int(first), int(rows))
+        return Turned(gguf_derived(tensors, name) or tensors[name], int(first), int(rows))
+    if name.startswith(FLOAT32):
+        reader, wide = tensors[name.removeprefix(FLOAT32)], BY_NAME["float32"]
+        if isinstance(reader, CodedRows):
+            return reader.widened()
+        return reader if reader.dtype == wide else Widened(reader, wide)
     if name.startswith(DECAY):
         return Decay(tensors[name.removeprefix(DECAY)])
     return None
