@@ -12,6 +12,7 @@ from glmconv.engine.journal import folder_of_file
 from glmconv.errors import UsageError
 from glmconv.formats import FORMATS
 from glmconv.formats.gguf_mix import mix_named
+from glmconv.formats.gguf_mmproj import mmproj_named
 
 SPELLINGS = {"huggingface": "hf", "safetensors": "hf", "megatron": "torch_dist", "torch-dist": "torch_dist"}
 GGUF = "gguf"  # the format whose outputs are files
@@ -41,7 +42,7 @@ class TargetSpec:
 
     @property
     def file_type(self) -> str:
-        """The mix of a GGUF target."""
+        """The mix of a GGUF target, or mmproj."""
         return self.to.partition(":")[2] if self.format == GGUF else ""
 
     @property
@@ -61,10 +62,10 @@ def parse_target(to: str, path: Path | None) -> TargetSpec:
     if target.format not in FORMATS or (":" in target.to and not target.codec and target.format != GGUF):
         raise UsageError(f"--to {to}: no target is called so.", hint=f"Targets: {known()}.")
     if target.format == GGUF:
-        mix = mix_named(target.file_type)
+        file_type = mmproj_named(target.file_type) or mix_named(target.file_type).name
         if path is not None and (path.suffix.lower() != ".gguf" or path.stem in ("", ".gguf")):
             raise UsageError(f"--to {to}: {path} is no name of a GGUF file.", hint=f"Write --to {to}=NAME.gguf.")
-        return TargetSpec(f"{GGUF}:{mix.name}", path)
+        return TargetSpec(f"{GGUF}:{file_type}", path)
     return target
 
 

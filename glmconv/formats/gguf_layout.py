@@ -17,7 +17,7 @@ from glmconv.formats.format import LayoutOptions, Opened, RowReader
 from glmconv.formats.gguf_header import padded, write_header
 from glmconv.formats.gguf_metadata import ARCHITECTURES, metadata, quantized
 from glmconv.formats.gguf_mix import Choice, Facts, Tensor, choose, mix_named
-from glmconv.formats.gguf_rows import DECAY, turned
+from glmconv.formats.gguf_rows import DECAY, frame_of, turned
 from glmconv.formats.gguf_tensors import GGUFTensor, Transform, gguf_tensors
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -64,10 +64,10 @@ def refuse_unaided(tensors: Sequence[GGUFTensor], choices: Sequence[Choice], fil
             )
 
 
-def side_bytes(opened: Opened) -> dict[str, bytes]:
+def side_bytes(opened: Opened, names: Sequence[str] = TOKENIZER) -> dict[str, bytes]:
     """The files beside the weights that metadata are made of."""
     found = {}
-    for name in TOKENIZER:
+    for name in names:
         if name in opened.side_files:
             content = bytearray(opened.side_files[name].shape[0])
             opened.side_files[name].read_into(0, memoryview(content))
@@ -84,6 +84,8 @@ def stored(tensor: GGUFTensor, kind: GgmlType, readers: Mapping[str, RowReader])
         source = BY_NAME["float32"]
     if len(tensor.ne) == 1:
         columns, rows = 1, tensor.ne[0]
+    elif len(tensor.ne) == 4:  # a convolution, never in blocks: a canonical row is all that makes one output
+        columns, rows = math.prod(tensor.ne[:3]), tensor.ne[3]
     size = rows * row_size(kind, columns)
     dtype = FLOATS.get(kind.name, "uint8")
     shape = tensor.ne[::-1] if kind.name in FLOATS else (rows, row_size(kind, columns))
@@ -98,6 +100,8 @@ def engine_run(tensor: GGUFTensor, name: str, first: int, rows: int, readers: Ma
     """Rows as the engine asks for them: of a matrix that is transposed its columns."""
     if tensor.transform is Transform.TRANSPOSED:
         return Run(turned(name, first, rows), 0, readers[name].shape[1])
+    if tensor.transform is Transform.FRAME:
+        return Run(frame_of(name, tensor.frame), first, rows)
     return Run(DECAY + name if tensor.transform is Transform.NEGATIVE_EXPONENTIAL else name, first, rows)
 
 
@@ -112,4 +116,4 @@ def notes(opened: Opened, described: Sequence[tuple[str, GgmlType, Sequence[int]
         yield f"{count:,} of the tensors: {why}"
     tower = sum("visual." in name for name in opened.tensors)
     if tower:
-        yield f"the {tower:,} tensors of the vision tower are not part of a language model's GGUF; mmproj files are not written yet"
+        yield f"the {tower:,} tensors of the vision tower are not part of a language model's GGUF; --to gguf:mmproj writes them"
