@@ -1,4 +1,4 @@
-"""The vision tower as a GGUF file of its own, which llama.cpp calls mmproj: what it is made of, and its tensors read back.
+"""The vision tower as a GGUF file of its own, which llama.cpp calls mmproj.
 
 Source: llama.cpp's conversion/base.py (MmprojModel) and qwen3vl.py (Glm4VVisionModel, Glm5NextVisionModel), tools/mtmd/clip.cpp for what it can run.
 """
@@ -6,7 +6,7 @@ Source: llama.cpp's conversion/base.py (MmprojModel) and qwen3vl.py (Glm4VVision
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from glmconv.archs import Model
 from glmconv.codecs.ggml import TYPES, GgmlType
@@ -15,14 +15,14 @@ from glmconv.engine.plan import OutputFile, Piece, Plan
 from glmconv.errors import SourceError, UnsupportedError, UsageError
 from glmconv.formats.format import LayoutOptions, Opened, RowReader
 from glmconv.formats.gguf_general import CARD, GENERATION, general_entries
-from glmconv.formats.gguf_header import GgufHeader, write_header
+from glmconv.formats.gguf_header import write_header
 from glmconv.formats.gguf_layout import name_of, side_bytes, stored
 from glmconv.formats.gguf_metadata import CONFIG, FILE_TYPES, QUANTIZATION_VERSION
-from glmconv.formats.gguf_rows import Framed
-from glmconv.formats.gguf_tensors import VISION, GGUFTensor, Transform, placed
+from glmconv.formats.gguf_tensors import VISION, GGUFTensor, placed
 from glmconv.formats.gguf_types import Array, Entry, Kind, single
 from glmconv.strict_json import mapping, parse
 
+Images = Mapping[str, tuple[str, object]]  # how pictures are prepared: field -> (the file that says it, its value)
 MMPROJ = "mmproj"
 OUT_TYPES = ("F32", "F16", "BF16", "Q8_0")
 CONVOLUTIONS = ("v.patch_embd.weight", "v.patch_embd.weight.1", "mm.patch_merger.weight")
@@ -121,20 +121,21 @@ def metadata(opened: Opened, out_type: str) -> tuple[list[Entry], list[str]]:
     return [*found, Entry("general.quantization_version", Kind.U32, QUANTIZATION_VERSION)], notes
 
 
-def image_settings(files: Mapping[str, bytes]) -> tuple[Mapping[str, object], list[str]]:
-    """How images are prepared: processor_config.json before preprocessor_config.json before what transformers takes; and what is to be said of it."""
-    said: dict[str, object] = {}
+def image_settings(files: Mapping[str, bytes]) -> tuple[Images, list[str]]:
+    """What processor_config.json says, before preprocessor_config.json, before what transformers takes; and what is to be told of that."""
+    said: dict[str, tuple[str, object]] = {}
     for name, inner in ((PREPROCESSOR, "media_proc_cfg"), (PROCESSOR, "image_processor")):
         if name in files:
             whole = mapping(parse(files[name], file=name), name, name)
             part = whole.get(inner)
-            said |= {**whole, **(part if isinstance(part, Mapping) else {})}
+            both = {**whole, **(part if isinstance(part, Mapping) else {})}
+            said |= {field: (name, value) for field, value in both.items() if value is not None}
     notes = [] if "image_mean" in said else [f"{PREPROCESSOR} is not there or silent: image_mean and image_std are those of transformers' processor"]
-    return IMAGES | {field: value for field, value in said.items() if value is not None}, notes
+    return {field: ("transformers", value) for field, value in IMAGES.items()} | said, notes
 
 
-def clip_entries(model: Model, vision: Mapping[str, object], images: Mapping[str, object]) -> Iterator[Entry]:
-    """The keys that llama.cpp runs the tower by. `vision` is vision_config, whose sizes are checked; `images` says how pictures are prepared."""
+def clip_entries(model: Model, vision: Mapping[str, object], images: Images) -> Iterator[Entry]:
+    """The keys that llama.cpp runs the tower by. `vision` is vision_config, whose sizes are checked."""
     projector = PROJECTORS[model.spec.model_type]
     vision = {**DEFAULTS, **{field: value for field, value in vision.items() if value is not None}}
     yield Entry("clip.has_vision_encoder", Kind.BOOL, True)
@@ -142,7 +143,7 @@ def clip_entries(model: Model, vision: Mapping[str, object], images: Mapping[str
     for key, field in FIELDS.items():
         yield _number(key, vision[field])
     for field in ("image_mean", "image_std"):
-        yield Entry(f"clip.vision.{field}", Kind.ARRAY, Array(Kind.F32, _colours(field, images[field])))
+        yield Entry(f"clip.vision.{field}", Kind.ARRAY, Array(Kind.F32, _colours(field, images)))
     yield Entry("clip.projector_type", Kind.STRING, projector)
     act = str(vision["hidden_act"]).lower()
     if act not in ("silu", "gelu"):
@@ -161,37 +162,15 @@ def _number(key: str, value: object) -> Entry:
     return Entry(f"clip.vision.{key}", Kind.U32, value)
 
 
-def _colours(field: str, value: object) -> list[float]:
+def _colours(field: str, images: Images) -> list[float]:
+    file, value = images[field]
     if not isinstance(value, list) or len(value) != 3:
-        raise SourceError(f"{field} is {str(value)[:60]}, three numbers are needed.", file=PREPROCESSOR)
-    return [single(each, field, PREPROCESSOR) for each in value]
+        raise SourceError(f"{field} is {str(value)[:60]}, three numbers are needed.", file=file)
+    return [single(each, field, file) for each in value]
 
 
-def _whole(field: str, images: Mapping[str, object]) -> int:
-    value = images[field]
+def _whole(field: str, images: Images) -> int:
+    file, value = images[field]
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**24:
-        raise SourceError(f"{field} is {str(value)[:60]}, a whole number from 1 to {2**24 - 1:,} is needed.", file=PREPROCESSOR)
+        raise SourceError(f"{field} is {str(value)[:60]}, a whole number from 1 to {2**24 - 1:,} is needed.", file=file)
     return value
-
-
-def vision_readers(model: Model, header: GgufHeader, rows: Callable[[str, tuple[int, ...]], RowReader], file: object) -> dict[str, RowReader]:
-    """Canonical tensor of the tower -> its reader, from an mmproj file's header. SourceError for a tensor that is missing, wrong or unknown.
-
-    `rows(name, shape)` reads the file's tensor `name` as rows of the model's dtype in this shape, which has as many elements as it.
-    """
-    parts: dict[str, list[GGUFTensor]] = {}
-    for tensor in mmproj_tensors(model):
-        there = header.tensors.get(tensor.name)
-        if there is None:
-            raise SourceError("is missing.", file=file, tensor=tensor.name, hint="Is this the mmproj file of this model?")
-        if there.ne != tensor.ne:
-            raise SourceError(f"is {list(there.ne)}, {list(tensor.ne)} is needed.", file=file, tensor=tensor.name)
-        parts.setdefault(tensor.runs[0].tensor, []).append(tensor)
-    unknown = header.tensors.keys() - {tensor.name for made in parts.values() for tensor in made}
-    if unknown:
-        raise SourceError("is no tensor of this model's tower.", file=file, tensor=min(unknown))
-    found: dict[str, RowReader] = {}
-    for canonical, made in parts.items():
-        readers = tuple(rows(tensor.name, tensor.ne[::-1]) for tensor in made)
-        found[canonical] = Framed(readers) if made[0].transform is Transform.FRAME else readers[0]
-    return found
