@@ -17,7 +17,8 @@ def detect(path: Path) -> bool:
 
 def plan(opened: Opened, options: LayoutOptions) -> Plan:
     """The language model's file, or the vision tower's."""
-    return (gguf_mmproj if gguf_mmproj.mmproj_named(options.file_type) else gguf_layout).plan(opened, options)
+    write = gguf_mmproj.plan if gguf_mmproj.mmproj_named(options.file_type) else gguf_layout.plan
+    return write(opened, options)
 
 
 def open_file(path: Path, options: OpenOptions) -> NoReturn:

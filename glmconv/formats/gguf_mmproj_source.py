@@ -53,7 +53,7 @@ def image_settings_of(header: GgufHeader, file: object) -> dict[str, object]:
         said = header.kv.get(f"clip.vision.{field}")
         if said is None or not isinstance(said.value, Array) or said.value.kind is not Kind.F32:
             raise SourceError(f"does not say clip.vision.{field}.", file=file)
-        found[field] = [_short(value) for value in said.value.values]
+        found[field] = [_short(value) for value in said.value.values if isinstance(value, float)]
     token = (_number(header, "patch_size", file) * RUNNABLE["merge"][0]) ** 2
     for least in ("min", "max"):
         if f"clip.vision.image_{least}_pixels" in header.kv:
@@ -98,11 +98,11 @@ def _number(header: GgufHeader, key: str, file: object) -> int:
 
 def _real(header: GgufHeader, key: str, file: object) -> float:
     said = header.kv.get(key)
-    if said is None or said.kind is not Kind.F32:
+    if said is None or said.kind is not Kind.F32 or not isinstance(said.value, float):
         raise SourceError(f"does not say {key}.", file=file)
     return _short(said.value)
 
 
-def _short(value: object) -> float:
+def _short(value: float) -> float:
     """A float32 with no more digits than it needs: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
