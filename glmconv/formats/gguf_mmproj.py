@@ -18,7 +18,7 @@ from glmconv.formats.gguf_general import CARD, GENERATION, general_entries
 from glmconv.formats.gguf_header import write_header
 from glmconv.formats.gguf_layout import name_of, side_bytes, stored
 from glmconv.formats.gguf_metadata import CONFIG, FILE_TYPES, QUANTIZATION_VERSION
-from glmconv.formats.gguf_tensors import VISION, GGUFTensor, placed
+from glmconv.formats.gguf_tensors import GGUFTensor, placed
 from glmconv.formats.gguf_types import Array, Entry, Kind, single
 from glmconv.strict_json import mapping, parse
 
@@ -93,7 +93,7 @@ def mmproj_tensors(model: Model, names: Collection[str] | None = None, files: Ma
         canonical = tensor.runs[0].tensor
         return (files or {}).get(canonical, 0), canonical, tensor.frame
 
-    return sorted((tensor for tensor in placed(model, names) if tensor.name.startswith(VISION)), key=order)
+    return sorted(placed(model, names, tower=True), key=order)
 
 
 def guessed(tensors: Sequence[GGUFTensor], readers: Mapping[str, RowReader]) -> str:

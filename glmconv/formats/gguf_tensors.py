@@ -86,18 +86,24 @@ def gguf_tensors(model: Model, names: Collection[str] | None = None) -> list[GGU
     `names` are the canonical tensors that are there (None: all of the model's); a tensor of which none is there is left out, such as the copies in
     an MTP layer. SourceError if some of a tensor's parts are there and others not.
     """
-    found = (tensor for tensor in placed(model, names) if not tensor.name.startswith(VISION))
-    return sorted(found, key=lambda tensor: (layer_of(tensor.name), tensor.name))
+    return sorted(placed(model, names, tower=False), key=lambda tensor: (layer_of(tensor.name), tensor.name))
 
 
-def placed(model: Model, names: Collection[str] | None) -> list[GGUFTensor]:
-    """Every tensor that the table has a place for, the vision tower's too, in no order that a file has."""
+def placed(model: Model, names: Collection[str] | None, *, tower: bool) -> list[GGUFTensor]:
+    """Every tensor that the table has a place for, the vision tower's or all others, in no order that a file has."""
     growing: dict[str, _Growing] = {}
     for tensor in model.tensors.values():
-        if tensor.row.gguf is not None:
+        if tensor.row.gguf is not None and in_tower(tensor) is tower:
             _grow(growing, tensor, tensor.row.gguf, model.sizes)
     found = (_finished(name, grown) for name, grown in growing.items())
     return [tensor for tensor in found if names is None or _there(tensor, names)]
+
+
+def in_tower(tensor: TensorSpec) -> bool:
+    """Whether a canonical tensor lies in the vision tower's file."""
+    place = tensor.row.gguf
+    names = place.into if isinstance(place, Frames) else [place] if isinstance(place, str) else []
+    return any((tensor.scope.gguf + name).startswith(VISION) for name in names)
 
 
 def layer_of(name: str) -> int:
