@@ -37,8 +37,8 @@ class TargetSpec:
 
     @property
     def readable(self) -> bool:
-        """Whether an output can be opened as a source."""
-        return FORMATS[self.format].readable
+        """Whether an output can be opened as a source: a tower alone is none."""
+        return FORMATS[self.format].readable and not mmproj_named(self.file_type)
 
     @property
     def file_type(self) -> str:

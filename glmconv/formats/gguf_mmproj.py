@@ -18,7 +18,7 @@ from glmconv.formats.gguf_general import CARD, GENERATION, general_entries
 from glmconv.formats.gguf_header import write_header
 from glmconv.formats.gguf_layout import name_of, side_bytes, stored
 from glmconv.formats.gguf_metadata import CONFIG, FILE_TYPES, QUANTIZATION_VERSION
-from glmconv.formats.gguf_tensors import GGUFTensor, placed
+from glmconv.formats.gguf_tensors import GGUFTensor, in_tower, placed
 from glmconv.formats.gguf_types import Array, Entry, Kind, single
 from glmconv.strict_json import mapping, parse
 
@@ -75,6 +75,9 @@ def refuse_unknown(opened: Opened) -> None:
     for size, (number, field) in RUNNABLE.items():
         if s[size] != number:
             raise UnsupportedError(f"has vision_config.{field} {s[size]:,}; llama.cpp runs towers with {number}.", file=CONFIG)
+    missing = [name for name, tensor in opened.model.tensors.items() if in_tower(tensor) and name not in opened.tensors]
+    if missing:
+        raise SourceError(f"is missing, one of {len(missing):,} tensors of the vision tower.", file=opened.path, tensor=missing[0])
 
 
 def shards(opened: Opened) -> Mapping[str, int]:

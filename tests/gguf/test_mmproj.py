@@ -243,6 +243,9 @@ def test_what_llama_cpp_would_not_run_as_it_is_meant_is_refused(toy, glmconv, tm
         config = {**opened.config, "vision_config": vision | {field: 4}}
         with pytest.raises(UnsupportedError, match=f"{field} 4; llama.cpp runs towers with"):
             refuse_unknown(replace(opened, model=bind(spec_for(config), config)))
+    towerless = {name: rows for name, rows in opened.tensors.items() if ".visual." not in name}
+    with pytest.raises(SourceError, match=r"patch_embed\.proj\.weight: is missing, one of 27 tensors of the vision tower"):
+        refuse_unknown(replace(opened, tensors=towerless))
     answer = glmconv("plan", source, "--to", "gguf:mmproj-Q4_K_M")
     assert answer.code == 2
     assert "mmproj-F32, mmproj-F16, mmproj-BF16, mmproj-Q8_0" in answer.err
