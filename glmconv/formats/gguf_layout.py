@@ -22,7 +22,7 @@ from glmconv.formats.gguf_imatrix import Importance
 from glmconv.formats.gguf_metadata import ARCHITECTURES, metadata, quantized
 from glmconv.formats.gguf_mix import Facts, Tensor, choose, mix_named
 from glmconv.formats.gguf_options import GgufOptions
-from glmconv.formats.gguf_rows import DECAY, FLOAT32, turned
+from glmconv.formats.gguf_rows import DECAY, FLOAT32, frame_of, turned
 from glmconv.formats.gguf_split import groups, split_entries, split_name
 from glmconv.formats.gguf_tensors import GGUFTensor, Transform, gguf_tensors, layer_of
 from glmconv.formats.gguf_types import Entry
@@ -132,10 +132,10 @@ def refuse_unaided(planned: Sequence[Planned], file_type: str, importance: Impor
             )
 
 
-def side_bytes(opened: Opened) -> dict[str, bytes]:
+def side_bytes(opened: Opened, names: Sequence[str] = TOKENIZER) -> dict[str, bytes]:
     """The files beside the weights that metadata are made of."""
     found = {}
-    for name in TOKENIZER:
+    for name in names:
         if name in opened.side_files:
             content = bytearray(opened.side_files[name].shape[0])
             opened.side_files[name].read_into(0, memoryview(content))
@@ -166,6 +166,8 @@ def stored(tensor: GGUFTensor, kind: GgmlType, readers: Mapping[str, RowReader],
     runs = tuple(engine_run(tensor, run.tensor, run.first, run.rows, readers, FLOAT32 if wide else "") for run in tensor.runs)
     if len(tensor.ne) == 1:
         columns, rows = 1, tensor.ne[0]
+    elif len(tensor.ne) == 4:  # a convolution, never in blocks: a canonical row is all that makes one output
+        columns, rows = math.prod(tensor.ne[:3]), tensor.ne[3]
     size = rows * row_size(kind, columns)
     dtype = FLOATS.get(kind.name, "uint8")
     shape = tensor.ne[::-1] if kind.name in FLOATS else (rows, row_size(kind, columns))
@@ -181,6 +183,8 @@ def engine_run(tensor: GGUFTensor, name: str, first: int, rows: int, readers: Ma
     """Rows as the engine asks for them: of a matrix that is transposed its columns."""
     if tensor.transform is Transform.TRANSPOSED:
         return Run(turned(prefix + name, first, rows), 0, readers[name].shape[1])
+    if tensor.transform is Transform.FRAME:
+        return Run(frame_of(name, tensor.frame), first, rows)
     return Run((DECAY if tensor.transform is Transform.NEGATIVE_EXPONENTIAL else prefix) + name, first, rows)
 
 
@@ -200,7 +204,7 @@ def notes(opened: Opened, planned: Sequence[Planned], told: GgufOptions) -> Iter
         yield "the file holds the MTP layers alone; it drafts for a file of the whole model"
     tower = sum("visual." in name for name in opened.tensors)
     if tower:
-        yield f"the {tower:,} tensors of the vision tower are not part of a language model's GGUF; mmproj files are not written yet"
+        yield f"the {tower:,} tensors of the vision tower are not part of a language model's GGUF; --to gguf:mmproj writes them"
 
 
 def importance_notes(planned: Sequence[Planned], importance: Importance, mtp: Collection[int]) -> Iterator[str]:
