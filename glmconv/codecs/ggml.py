@@ -101,6 +101,7 @@ class GgmlEncoder:
     """Rows of `dtype` to blocks of `kind`, which go out as they are made.
 
     importance: float32 [columns], or [slices, columns] for as many equal slices of the rows (a stack's experts), finite; None for none
+    first:      the row of the weight with which the rows given begin, where it is stored in several pieces; `shape` is the whole weight's
     """
 
     kind: GgmlType
@@ -108,6 +109,7 @@ class GgmlEncoder:
     dtype: DType
     importance: Array | StoredImportance | None = field(default=None, repr=False)
     strict: bool = True
+    first: int = 0
     unit: int = 1
     looks: bool = False
 
@@ -145,6 +147,7 @@ class GgmlEncoder:
         made = f"ggml {self.kind.name} of {self.dtype}"
         if self.importance is None or not self.heeds:
             return made
+        made += f" from row {self.first}" if self.first else ""
         if not isinstance(self.importance, np.ndarray):
             return f"{made} with importance {self.importance.id}"
         weights = self.weights()
@@ -179,6 +182,7 @@ class GgmlEncoding:
         from glmconv.kernels.nonfinite import first_nonfinite
 
         kind = self.encoder.kind
+        start += self.encoder.first
         weight = values(rows, self.encoder.dtype, self.encoder.shape[1])
         blocks = np.frombuffer(out, np.uint8).reshape(len(weight), -1)
         bad = first_nonfinite(rows, self.encoder.dtype.name)

@@ -120,12 +120,14 @@ class OutputFile:
     """One file of the output: header, then the pieces one after another. `name` is relative, `/` separates one folder.
 
     One job writes it, or one each of its sections: `cuts` are the numbers of the pieces with which a section begins, the first left out.
+    `last`: loaders look for this file first, so that it gets its name when all others have theirs.
     """
 
     name: str
     header: bytes
     pieces: tuple[Piece, ...]
     cuts: tuple[int, ...] = ()
+    last: bool = False
     start: ClassVar[int] = 0
 
     @cached_property
@@ -134,8 +136,8 @@ class OutputFile:
 
     @cached_property
     def sections(self) -> tuple[Section, ...]:
-        """None if the file is written whole."""
-        if not self.cuts:
+        """None if the file is written and named at once."""
+        if not self.cuts and not self.last:
             return ()
         found: list[Section] = []
         at = 0
@@ -156,7 +158,7 @@ class OutputFile:
         return state.hexdigest()
 
 
-def in_sections(name: str, header: bytes, pieces: Sequence[Piece], size: int) -> OutputFile:
+def in_sections(name: str, header: bytes, pieces: Sequence[Piece], size: int, *, last: bool = False) -> OutputFile:
     """A file in sections of about `size` bytes, as far as its pieces allow; whole if it is no larger. Pieces of one encoder stay together."""
     cuts: list[int] = []
     filled, begun = len(header), 0
@@ -165,7 +167,7 @@ def in_sections(name: str, header: bytes, pieces: Sequence[Piece], size: int) ->
             cuts.append(number)
             filled, begun = 0, number
         filled += piece.size
-    return OutputFile(name, header, tuple(pieces), tuple(cuts))
+    return OutputFile(name, header, tuple(pieces), tuple(cuts), last)
 
 
 @dataclass(frozen=True)

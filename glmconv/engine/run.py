@@ -290,7 +290,7 @@ class Crew:
                 make_durable(place.to.disk, place.target.root)
                 continue
             self.check()
-            for shared in place.shared:
+            for shared in sorted(place.shared, key=lambda shared: shared.file.last):
                 shared.finish(Buffer(self.chunk_size), self.beat)
             finish_place(place.to)
         if self.store:

@@ -1,4 +1,4 @@
-"""A file that is too large for one job: its sections are written in place into one staged file, by any workers, ranks and runs.
+"""A file that is too large for one job, or is to be named last: its sections are written in place into one staged file, by whoever is at work.
 
     staging/A.gguf.shared.part             all of it, its bytes reserved; sections are written and made durable one by one
     journal/A.gguf%2F%2F7.json             the record of a section

@@ -9,12 +9,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from glmconv.archs import Model, preset_of
-from glmconv.codecs.ggml import TYPES, WEIGHTED, GgmlEncoder, GgmlType, row_size
-from glmconv.dtypes import BY_NAME
+from glmconv.codecs.ggml import TYPES, WEIGHTED, GgmlType
 from glmconv.engine.journal import BESIDE
-from glmconv.engine.plan import OutputFile, Piece, Plan, Run
+from glmconv.engine.plan import OutputFile, Plan, in_sections
 from glmconv.errors import SourceError, UnsupportedError
-from glmconv.formats.coded import CodedRows
 from glmconv.formats.format import LayoutOptions, Opened, RowReader
 from glmconv.formats.gguf_embed import embedded_source
 from glmconv.formats.gguf_header import data_size, padded, write_header
@@ -22,13 +20,12 @@ from glmconv.formats.gguf_imatrix import Importance
 from glmconv.formats.gguf_metadata import ARCHITECTURES, metadata, quantized
 from glmconv.formats.gguf_mix import Facts, Tensor, choose, mix_named
 from glmconv.formats.gguf_options import GgufOptions
-from glmconv.formats.gguf_rows import DECAY, FLOAT32, frame_of, turned
+from glmconv.formats.gguf_pieces import SECTION, stored
 from glmconv.formats.gguf_split import groups, split_entries, split_name
-from glmconv.formats.gguf_tensors import GGUFTensor, Transform, gguf_tensors, layer_of
+from glmconv.formats.gguf_tensors import GGUFTensor, gguf_tensors, layer_of
 from glmconv.formats.gguf_types import Entry
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "README.md")
 SHARED = ("token_embd.weight", "output_norm.weight", "output.weight")  # what a file of the MTP layers alone has beside them
 
@@ -154,38 +151,9 @@ def output_files(planned: Sequence[Planned], kv: Sequence[Entry], readers: Mappi
         inside = [planned[at] for at in part]
         name = split_name(options.name, number, len(parts)) if split else options.name
         header = write_header(keys, [each.described for each in inside])
-        files.append(OutputFile(BESIDE + name, header, tuple(piece for each in inside for piece in stored(each.tensor, each.kind, readers, told))))
+        pieces = [piece for each in inside for piece in stored(each.tensor, each.kind, readers, told)]
+        files.append(in_sections(BESIDE + name, header, pieces, SECTION, last=split and number == 0))
     return tuple(files)
-
-
-def stored(tensor: GGUFTensor, kind: GgmlType, readers: Mapping[str, RowReader], told: GgufOptions) -> Iterator[Piece]:
-    """The tensor's piece and its padding."""
-    columns, rows = tensor.ne[0], math.prod(tensor.ne[1:])
-    wide = told.quantize_from == "float32" and any(isinstance(readers[run.tensor], CodedRows) for run in tensor.runs)
-    source = BY_NAME["float32"] if wide or tensor.transform is Transform.NEGATIVE_EXPONENTIAL else readers[tensor.runs[0].tensor].dtype
-    runs = tuple(engine_run(tensor, run.tensor, run.first, run.rows, readers, FLOAT32 if wide else "") for run in tensor.runs)
-    if len(tensor.ne) == 1:
-        columns, rows = 1, tensor.ne[0]
-    elif len(tensor.ne) == 4:  # a convolution, never in blocks: a canonical row is all that makes one output
-        columns, rows = math.prod(tensor.ne[:3]), tensor.ne[3]
-    size = rows * row_size(kind, columns)
-    dtype = FLOATS.get(kind.name, "uint8")
-    shape = tensor.ne[::-1] if kind.name in FLOATS else (rows, row_size(kind, columns))
-    same = dtype == source.name
-    importance = told.importance.of(tensor.name, math.prod(tensor.ne[2:]), columns) if told.importance and kind.name not in FLOATS else None
-    encoder = None if same else GgmlEncoder(kind, (rows, columns), source, importance, strict=kind.name not in FLOATS)
-    yield Piece(tensor.name, dtype, shape, size, runs, encoder=encoder)
-    if gap := padded(size) - size:
-        yield Piece(f"padding of {tensor.name}", "uint8", (gap,), gap, literal=bytes(gap), digested=False)
-
-
-def engine_run(tensor: GGUFTensor, name: str, first: int, rows: int, readers: Mapping[str, RowReader], prefix: str) -> Run:
-    """Rows as the engine asks for them: of a matrix that is transposed its columns."""
-    if tensor.transform is Transform.TRANSPOSED:
-        return Run(turned(prefix + name, first, rows), 0, readers[name].shape[1])
-    if tensor.transform is Transform.FRAME:
-        return Run(frame_of(name, tensor.frame), first, rows)
-    return Run((DECAY if tensor.transform is Transform.NEGATIVE_EXPONENTIAL else prefix) + name, first, rows)
 
 
 def notes(opened: Opened, planned: Sequence[Planned], told: GgufOptions) -> Iterator[str]:

@@ -153,7 +153,7 @@ def damaged_sections() -> Scene:
     with contextlib.suppress(SourceError):
         run([target], source, workers=1, chunk_size=CHUNK, disk=disk)
     source.flaw = ""
-    layout, (file, _) = Layout(target.root, target.plan.id), target.plan.files
+    layout, file = Layout(target.root, target.plan.id), target.plan.files[1]
     assert len(disk.listing(layout.journal)) >= 3
     disk.damage(layout.shared(file.name), lambda data: flip_at(data, file.sections[1].start + 5))
     disk.unlink(layout.record(file.sections[2].name))
@@ -166,7 +166,7 @@ def damaged_whole() -> Scene:
     target, source = Target(sectioned_plan(), FILE), MadeSource()
     disk = finished([target], source)
     disk.unlink(target.root / MANIFEST)
-    disk.damage(final_path(target.root, target.plan.files[0].name), flip)
+    disk.damage(final_path(target.root, target.plan.files[1].name), flip)
     disk.sync_folder(target.root)
     return Scene("damaged whole", (target,), source, disk.after_kill(), damaged=True)
 
@@ -175,7 +175,7 @@ def lost_whole() -> Scene:
     """A file of sections was finished, and removed by its user."""
     target, source = Target(sectioned_plan(), FILE), MadeSource()
     disk = finished([target], source)
-    disk.unlink(final_path(target.root, target.plan.files[0].name))
+    disk.unlink(final_path(target.root, target.plan.files[1].name))
     disk.unlink(target.root / MANIFEST)
     for folder in (target.root, SIM):
         disk.sync_folder(folder)
@@ -232,6 +232,10 @@ def target_flaws(target: Target, truth: Mapping[str, bytes], disk: SimulatedDisk
             yield f"{file.name} has its final name and wrong bytes"
         if not damaged and disk.content(layout.record(file.name)) is not None:
             yield f"{file.name} has a record and is not there"
+    for file in target.plan.files:
+        there = disk.content(layout.final(file.name))
+        if file.last and missing and file.name not in missing and there is not None and not damaged:
+            yield f"{file.name} is there without {', '.join(missing)}"
     for name in [mark.name for mark in target.plan.marks] + [MANIFEST]:
         content = disk.content(target.root / name)
         if content is not None and missing:
