@@ -73,14 +73,15 @@ def found() -> Any:
 @inner
 def weigh(block: Any, importance: Any, at: int, mean: Any, rule: Any, s: Any) -> None:
     """Weights of the sub-block at `at`, and their roots."""
+    w, r = s.w, s.r
     for row in range(rule.n // LANES):
-        v = load(block[at:], row)
+        v = load(block, at // LANES + row)
         if len(importance):
-            w = load(importance[at:], row) * roots(mean + v * v)
+            weight = load(importance, at // LANES + row) * roots(mean + v * v)
         else:
-            w = rule.floor * mean + v * v if rule.floor else v * v
-        store(s.w, row, w)
-        store(s.r, row, roots(w))
+            weight = rule.floor * mean + v * v if rule.floor else v * v
+        store(w, row, weight)
+        store(r, row, roots(weight))
 
 
 @inner
@@ -128,15 +129,15 @@ def fitted(w: Any, x: Any, c: Any, n: int, scale: Any) -> Any:
 @inner
 def share(f: Any, n: int) -> Any:
     """Scales as (2 * code + 1) * d, codes of 0 to 15; returns d, which is NaN if one is."""
-    top = f32(0)
+    scales, codes, top = f.scales, f.codes, f32(0)
     for i in range(n):
-        top = top if top > f.scales[i] else f.scales[i]
-        if not f.scales[i] >= f32(0):
+        top = top if top > scales[i] else scales[i]
+        if not scales[i] >= f32(0):
             return LOST
     d = top / f32(31)
     factor = f32(1) / d
     for i in range(n):
-        f.codes[i] = max(min(nearest(f32(0.5) * (factor * f.scales[i] - f32(1))), i32(15)), i32(0))
+        codes[i] = max(min(nearest(f32(0.5) * (factor * scales[i] - f32(1))), i32(15)), i32(0))
     return d
 
 
@@ -144,15 +145,14 @@ def searcher(dimensions: int, levels: int) -> Any:
     """The function that searches a super-block, for a codebook's groups of so many codes, each below `levels`."""
 
     @inner
-    def point(book: Any, key: Any, scale: Any, s: Any, at: int) -> Any:
+    def point(first: Any, near: Any, key: Any, scale: Any, x: Any, r: Any, at: int) -> Any:
         """Of the points near a key the first one that times the scale is nearest to the values from `at` on; 0 if there is none."""
-        first, near = book[1], book[2]
         found = NOTHING
         for row in range(first[key], first[key + 1]):
             total = splat(f32(0))
             for j in range(dimensions):
-                e = scale * nibbles(near, row, 4 * j) - s.x[at + j]
-                total += s.r[at + j] * e * e
+                e = scale * nibbles(near, row, 4 * j) - x[at + j]
+                total += r[at + j] * e * e
             found = min(found, least(total) + (row - first[key]) * LANES)
         if found >= NOTHING:
             return u32(0)
@@ -162,74 +162,77 @@ def searcher(dimensions: int, levels: int) -> Any:
     @inner
     def attempt(book: Any, s: Any, n: int, factor: Any, batch: int, count: int) -> bool:
         """Values with LANES scales, to `s.t` and `s.missed`; their sums to `s.lines`. Whether all are points."""
-        store(s.lines, 0, f32(1) / factor)
+        own, first, near = book[0], book[1], book[2]
+        x, w, r, t, keys, lines = s.x, s.w, s.r, s.t, s.keys, s.lines
+        store(lines, 0, f32(1) / factor)
         for k in range(n // dimensions):
             key = splat(f32(0))
             for j in range(dimensions):
                 i = k * dimensions + j
-                code = whole(f32(0.5) * (factor * s.x[i] - f32(1)), 0, levels - 1)
-                store(s.t, batch * n + i, code + code + f32(1))
+                code = whole(f32(0.5) * (factor * x[i] - f32(1)), 0, levels - 1)
+                store(t, batch * n + i, code + code + f32(1))
                 key += code * f32(levels**j)
-            store(s.keys, k, key)
+            store(keys, k, key)
         for lane in range(count):
             missed = 0
             for k in range(n // dimensions):
-                key = i32(s.keys[k, lane])
-                if book[0][key] < 0:
-                    found = point(book, key, s.lines[0, lane], s, k * dimensions)
+                number = i32(keys[k, lane])
+                if own[number] < 0:
+                    found = point(first, near, number, lines[0, lane], x, r, k * dimensions)
                     if not found:
                         return False
                     missed |= 1 << k
                     for j in range(dimensions):
-                        s.t[batch * n + k * dimensions + j, lane] = f32(i32(found >> u32(4 * j)) & 15)
+                        t[batch * n + k * dimensions + j, lane] = f32(i32(found >> u32(4 * j)) & 15)
             s.missed[batch * LANES + lane] = missed
         qx, q2 = splat(f32(0)), splat(f32(0))
         for i in range(n):
-            c = load(s.t, batch * n + i)
-            qx += s.w[i] * s.x[i] * c
-            q2 += s.w[i] * c * c
-        store(s.lines, 1, qx)
-        store(s.lines, 2, q2)
+            c = load(t, batch * n + i)
+            qx += w[i] * x[i] * c
+            q2 += w[i] * c * c
+        store(lines, 1, qx)
+        store(lines, 2, q2)
         return True
 
     @inner
     def again(book: Any, s: Any, n: int, scale: Any, groups: int) -> Any:
         """Some groups looked for once more with the scale found; the scale that then fits best."""
-        factor = f32(1) / scale
+        x, c, factor = s.x, s.c, f32(1) / scale
         for k in range(n // dimensions):
             if groups >> k & 1:
                 key, power = i32(0), i32(1)
                 for i in range(k * dimensions, (k + 1) * dimensions):
-                    code = max(min(nearest(f32(0.5) * (factor * s.x[i] - f32(1))), i32(levels - 1)), i32(0))
-                    s.c[i] = f32(2 * code + 1)
+                    code = max(min(nearest(f32(0.5) * (factor * x[i] - f32(1))), i32(levels - 1)), i32(0))
+                    c[i] = f32(2 * code + 1)
                     key += code * power
                     power *= levels
                 if book[0][key] < 0:
-                    found = point(book, key, scale, s, k * dimensions)
+                    found = point(book[1], book[2], key, scale, x, s.r, k * dimensions)
                     if not found:
                         return LOST
                     for j in range(dimensions):
-                        s.c[k * dimensions + j] = f32(i32(found >> u32(4 * j)) & 15)
-        return fitted(s.w, s.x, s.c, n, scale)
+                        c[k * dimensions + j] = f32(i32(found >> u32(4 * j)) & 15)
+        return fitted(s.w, x, c, n, scale)
 
     @inner
     def fit(book: Any, s: Any, rule: Any, top: Any, scale: Any) -> Any:
         """The scale, signed or NaN, with the values in `s.c`; the scale given if no try is better than nothing."""
         n, best, chosen = rule.n, f32(0), -1
+        c, t, lines = s.c, s.t, s.lines
         for batch in range((rule.tries + LANES - 1) // LANES):
             for lane in range(LANES):
                 steps = batch * LANES + lane - rule.tries // 2
-                s.lines[3, lane] = (f32(2 * levels - 1) + f32(steps) * rule.step) / top
+                lines[3, lane] = (f32(2 * levels - 1) + f32(steps) * rule.step) / top
             count = min(LANES, rule.tries - batch * LANES)
-            if not attempt(book, s, n, load(s.lines, 3), batch, count):
+            if not attempt(book, s, n, load(lines, 3), batch, count):
                 return LOST
             for lane in range(count):
-                qx, q2 = s.lines[1, lane], s.lines[2, lane]
+                qx, q2 = lines[1, lane], lines[2, lane]
                 if q2 > f32(0) and qx * qx > best * q2:
                     scale = qx / q2
                     best, chosen = scale * qx, batch * LANES + lane
         for i in range(n):
-            s.c[i] = s.t[chosen // LANES * n + i, chosen % LANES] if chosen >= 0 else f32(1)
+            c[i] = t[chosen // LANES * n + i, chosen % LANES] if chosen >= 0 else f32(1)
         every = (1 << 8) - 1
         groups = every if rule.how == ANY_MISSED else 0
         if chosen >= 0:
@@ -245,6 +248,7 @@ def searcher(dimensions: int, levels: int) -> Any:
         f.live[j] = 0
         if top < rule.least:
             return
+        own, c, points, signs = book[0], s.c, f.points, f.signs
         scale = top / f32(2 * levels - 1)
         if rule.how == ALWAYS:
             scale = positive(s.x, s.w, n, levels + 1, s.codes)
@@ -256,14 +260,14 @@ def searcher(dimensions: int, levels: int) -> Any:
         if scale < f32(0):
             scale = -scale
             for k in range(n // 8):
-                f.signs[n // 8 * j + k] ^= 127 if rule.even else 255
+                signs[n // 8 * j + k] ^= 127 if rule.even else 255
         f.scales[j] = scale
         for k in range(n // dimensions):
             key, power = i32(0), i32(1)
             for i in range(k * dimensions, (k + 1) * dimensions):
-                key += i32(s.c[i]) // 2 * power
+                key += i32(c[i]) // 2 * power
                 power *= levels
-            f.points[n // dimensions * j + k] = book[0][key]
+            points[n // dimensions * j + k] = own[key]
 
     @inner
     def search(book: Any, s: Any, f: Any, rule: Any, block: Any, importance: Any) -> Any:
@@ -275,8 +279,9 @@ def searcher(dimensions: int, levels: int) -> Any:
         f.scales[:] = f32(0)
         for j in range(256 // n):
             weigh(block, importance, j * n, mean, rule, s)
+            part = block[j * n :]
             for k in range(n // 8):
-                f.signs[n // 8 * j + k] = fold(block[j * n :], s.x, s.w, 8 * k, rule.even)
+                f.signs[n // 8 * j + k] = fold(part, s.x, s.w, 8 * k, rule.even)
             sub_block(book, s, f, rule, j)
             if not f.live[j]:
                 for k in range(n // 8):
