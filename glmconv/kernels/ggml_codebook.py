@@ -1,7 +1,7 @@
 """ggml's codebooks as its searches need them: which point stands where all codes of a group are allowed, and which points lie near where none stands.
 
-A group's codes (levels 0, 1, 2, ... of each coordinate) make one number, its key: the first code counts 1, the next `levels`, and so on. Points near a
-key are those at the least distances from it, ordered by distance and then by number; how many different distances count is each codebook's own.
+A group's codes (levels 0, 1, 2, ... of each coordinate) make one number, its key: the first code counts 1, the next `levels`, and so on. Points near
+a key are those at the least distances from it, ordered by distance and then by number; how many different distances count is each codebook's own.
 Source: ggml-quants.c of libggml 0.25.3 (iq2xs_init_impl, iq3xs_init_impl).
 """
 
@@ -17,8 +17,7 @@ from glmconv.kernels import ggml_grids
 from glmconv.kernels.floats import Array
 from glmconv.kernels.lanes import LANES
 
-# of kernels: (own int16 [keys], first int32 [keys + 1], near uint32 [rows, LANES], points uint32 [count])
-Book = tuple[Array, Array, Array, Array]
+Book = tuple[Array, Array, Array, Array]  # own int16 [keys], first int32 [keys + 1], near uint32 [rows, LANES], points uint32 [count]
 
 DISTANCES = {"IQ2_XXS": 2, "IQ2_XS": 2, "IQ2_S": 1, "IQ1": 3, "IQ3_XXS": 2, "IQ3_S": 3}
 

@@ -81,7 +81,7 @@ def _encode_nvfp4(values: Any, out: Any) -> None:
 
 @inner
 def _e2m1(a: Any, d: Any, beyond: Any) -> Any:
-    """Which of 0, 1, 2, 3, 4, 6, 8, 12 times d, by its number. What is far beyond 12 * d is as near to smaller ones, once the distances are rounded."""
+    """Which of 0, 1, 2, 3, 4, 6, 8, 12 times d, by its number. Far beyond 12 * d smaller ones are as near, once distances are rounded."""
     if beyond:
         code, best = 0, a
         for k in range(1, 8):

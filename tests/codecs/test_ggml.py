@@ -99,8 +99,10 @@ def test_nan_and_inf_are_reported_where_they_stand(dtype, at):
     assert found == [at[0] * 512 + at[1] if at[0] < 2 else -1, (at[0] - 2) * 512 + at[1] if at[0] >= 2 else 2 * 512 + 511]
 
 
-@pytest.mark.parametrize(("name", "way"), [(name, way) for name in ENCODED if name != "F32" for way in "na" if way == "a" or name not in IMPORTANCE_NEEDED])
+@pytest.mark.parametrize("way", ["n", "a"])
+@pytest.mark.parametrize("name", [name for name in ENCODED if name != "F32"])
 def test_what_ggml_finds_invalid_is_an_error(name, way):
+    way = "a" if name in IMPORTANCE_NEEDED else way
     valid = np.load(VECTORS / f"{name}.npz")[f"valid_{way}"]
     encoder = GgmlEncoder(TYPES[name], (1, 1024), FLOAT32, INPUTS["imatrix"] if way == "a" else None)
 
