@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,13 @@ from glmconv.kernels.ggml import WAYS, encode
 from glmconv.kernels.ggml_codebook import codebook
 from glmconv.kernels.ggml_decode import DECODE
 from tests.kernels import ggml_reference as reference
+from tests.kernels.ggml_rows import families, importances
 
 VECTORS = Path(__file__).parent.parent / "vectors" / "ggml"
 INPUTS = np.load(VECTORS / "inputs.npz")
 IMPORTANCE = {"n": None, "a": INPUTS["imatrix"], "b": INPUTS["imatrix_zeros"]}
+HASHES = json.loads((VECTORS / "hashes.json").read_text())
+ROWS = dict(families())
 # of the types with codes, at most this part of a block's largest magnitude is lost, where float16 holds its scales to all bits
 ERROR = {"Q8_0": 0.005, "Q6_K": 0.05, "Q5_K": 0.1, "Q5_0": 0.1, "Q5_1": 0.1, "Q4_0": 0.2, "Q4_1": 0.2, "Q4_K": 0.2, "IQ4_NL": 0.25, "IQ4_XS": 0.25,
          "Q3_K": 0.35, "Q2_K": 0.5, "MXFP4": 0.34, "NVFP4": 0.34, "TQ1_0": 0.51, "TQ2_0": 0.51, "Q2_0": 0.51}  # fmt: skip
@@ -71,6 +75,19 @@ def test_bytes_are_those_of_ggml(name, way):
     got = encoded(name, INPUTS["x"], IMPORTANCE[way]).reshape(42, -1)
     differ = (got != vectors[f"q_{way}"]).any(axis=1)
     assert list(INPUTS["labels"][differ]) == []
+
+
+@pytest.mark.parametrize("name", [name for name in HASHES if name != "inputs"])
+def test_bytes_of_many_kinds_of_rows_are_those_of_ggml(name):
+    for kind, importance in importances():
+        for family, wanted in HASHES[name].get(kind, {}).items():
+            got = hashlib.sha256(encoded(name, ROWS[family], importance).tobytes()).hexdigest()
+            assert got.startswith(wanted), (family, kind)
+
+
+def test_the_rows_are_those_that_ggml_was_given():
+    parts = [*ROWS.values(), *(importance for _, importance in importances() if importance is not None)]
+    assert hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest() == HASHES["inputs"]
 
 
 @pytest.mark.parametrize("name", [name for name in DECODE if name != "F32"])
