@@ -12,8 +12,8 @@ import numpy as np
 
 from glmconv.kernels.floats import Array, f32, i32, to_float16, u16, u32
 from glmconv.kernels.ggml_codebook import codebook
-from glmconv.kernels.ggml_iq_search import LOST, NOTHING
-from glmconv.kernels.ggml_search import nearest, squares
+from glmconv.kernels.ggml_iq_search import LOST, NOTHING, share
+from glmconv.kernels.ggml_search import squares
 from glmconv.kernels.ggml_simple import put_half
 from glmconv.kernels.jit import inner, kernel
 from glmconv.kernels.lanes import LANES, first, least, load, nibbles, roots, splat, store
@@ -219,21 +219,6 @@ def _room() -> Any:
     return room
 
 
-@inner
-def _codes(scales: Any, codes: Any) -> Any:
-    """Scales as (2 * code + 1) * d, codes of 0 to 7; (d, the greatest), NaN if one is."""
-    top = f32(0)
-    for i in range(len(scales)):
-        top = top if top > scales[i] else scales[i]
-        if not scales[i] >= f32(0):
-            return LOST, LOST
-    d = top / f32(15)
-    factor = f32(1) / d
-    for i in range(len(scales)):
-        codes[i] = max(min(nearest(f32(0.5) * (factor * scales[i] - f32(1))), i32(7)), i32(0))
-    return d, top
-
-
 @kernel
 def _encode_s(values: Any, importance: Any, out: Any, book: Any) -> None:
     w, room, scales = np.empty(256, f32), _room(), np.empty(8, f32)
@@ -252,7 +237,7 @@ def _encode_s(values: Any, importance: Any, out: Any, book: Any) -> None:
                     block[2 + 4 * j + k] = points[k] & 255
                     high[j] |= points[k] >> 8 << 3 * k
                 high[j] |= (way & 1) << 15
-        d, top = _codes(scales, small)
+        d, top = share(scales, 8, 15, small)
         put_half(block, 0, d * f32(1.125))
         for j in range(8):
             word = high[j] | small[j] << 12 if top > f32(0) else high[j] & 0xFFF
@@ -278,7 +263,7 @@ def _encode_m(values: Any, importance: Any, out: Any, book: Any) -> None:
             for k in range(2):
                 block[2 * j + k] = points[j, k] & 255
                 block[32 + j] |= points[j, k] >> 8 << 4 * k
-        d, top = _codes(scales, small)
+        d, top = share(scales, 16, 15, small)
         if top == f32(0):
             continue
         scale = _refitted(book[3], x, w, points, ways, small, d) if d >= f32(0) else LOST

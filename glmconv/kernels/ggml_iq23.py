@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from glmconv.kernels.floats import Array, f32
 from glmconv.kernels.ggml_codebook import codebook
-from glmconv.kernels.ggml_iq_search import ALWAYS, ANY_MISSED, MISSED, Rule, found, scratch, search
+from glmconv.kernels.ggml_iq_search import ALWAYS, ANY_MISSED, MISSED, found, scratch, search
 from glmconv.kernels.ggml_simple import put_half
 from glmconv.kernels.jit import inner, kernel
+
+
+class Rule(NamedTuple):
+    """How a type's super-blocks of 256 values are searched. Numbers with a point are float32."""
+
+    dimensions: int  # of a point: 8 or 4
+    levels: int  # of a coordinate
+    n: int  # values of a sub-block, which have a scale
+    even: bool  # whether an eighth sign is told by seven others
+    least: Any  # a sub-block whose values are below is all 0
+    spread: Any  # times the mean of squares, beside a value's own square, under the root that the importance is multiplied with
+    floor: Any  # without importance: times that, beside a value's own square, is a value's weight
+    tries: int
+    step: Any  # tried is whether the greatest value stands for 2 * levels - 1 and so many steps more or less
+    how: int
+    fudge: Any  # times the super-block's scale
+
 
 IQ2_XXS = Rule(8, 3, 32, True, f32(1e-15), f32(1), f32(0), 13, f32(0.1), ALWAYS, f32(1))
 IQ2_XS = Rule(8, 3, 16, True, f32(1e-15), f32(1), f32(0), 19, f32(0.1), MISSED, f32(1))

@@ -22,22 +22,6 @@ MISSED, ANY_MISSED, ALWAYS = 0, 1, 2  # groups that are looked for again with th
 EVERY = (1 << 8) - 1
 
 
-class Rule(NamedTuple):
-    """How a type's super-blocks of 256 values are searched. Numbers with a point are float32."""
-
-    dimensions: int  # of a point: 8 or 4
-    levels: int  # of a coordinate
-    n: int  # values of a sub-block, which have a scale
-    even: bool  # whether an eighth sign is told by seven others
-    least: Any  # a sub-block whose values are below is all 0
-    spread: Any  # times the mean of squares, beside a value's own square, under the root that the importance is multiplied with
-    floor: Any  # without importance: times that, beside a value's own square, is a value's weight
-    tries: int
-    step: Any  # tried is whether the greatest value stands for 2 * levels - 1 and so many steps more or less
-    how: int
-    fudge: Any  # times the super-block's scale
-
-
 class Found(NamedTuple):
     """Of one super-block."""
 
@@ -76,7 +60,7 @@ def found() -> Any:
 
 @inner
 def search(book: Any, s: Any, f: Any, rule: Any, block: Any, importance: Any) -> Any:
-    """Fills `f`; returns the super-block's scale, NaN if it has none."""
+    """Fills `f`, by a Rule of ggml_iq23.py; returns the super-block's scale, NaN if it has none."""
     n, signs = rule.n, f.signs
     mean = rule.spread * squares(block) / f32(256)
     f.points[:] = 0
@@ -87,7 +71,7 @@ def search(book: Any, s: Any, f: Any, rule: Any, block: Any, importance: Any) ->
         _sub_block(book, s, f, rule, j)
         if not f.live[j]:
             signs[n // 8 * j : n // 8 * (j + 1)] = 0
-    return _share(f, 256 // n)
+    return share(f.scales, 256 // n, 31, f.codes)[0]
 
 
 @inner
@@ -296,15 +280,15 @@ def _again(book: Any, s: Any, rule: Any, scale: Any, groups: int) -> Any:
 
 
 @inner
-def _share(f: Any, n: int) -> Any:
-    """Scales as (2 * code + 1) * d, codes of 0 to 15; returns d, which is NaN if one is."""
-    scales, codes, top = f.scales, f.codes, f32(0)
+def share(scales: Any, n: int, most: int, codes: Any) -> Any:
+    """Scales as (2 * code + 1) * d, no code above most / 2; (d, the greatest scale), NaN if one is."""
+    top = f32(0)
     for i in range(n):
         top = top if top > scales[i] else scales[i]
         if not scales[i] >= f32(0):
-            return LOST
-    d = top / f32(31)
+            return LOST, LOST
+    d = top / f32(most)
     factor = f32(1) / d
     for i in range(n):
-        codes[i] = max(min(nearest(f32(0.5) * (factor * scales[i] - f32(1))), i32(15)), i32(0))
-    return d
+        codes[i] = max(min(nearest(f32(0.5) * (factor * scales[i] - f32(1))), i32(most // 2)), i32(0))
+    return d, top
