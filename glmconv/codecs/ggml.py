@@ -8,9 +8,13 @@
 | Q4_K    | 256 | 144 | two float16, 8 six-bit scales and minima, 4-bit codes (Q2_K, Q5_K alike) |
 | Q6_K    | 256 | 210 | float16, 16 int8 scales, 6-bit codes about 0 (Q3_K alike)    |
 | IQ4_XS  | 256 | 136 | float16, 8 six-bit scales, 4-bit codes of uneven values (IQ4_NL: of 32 values) |
-| MXFP4   | 32  | 17  | power of two, codes of e2m1                                  |
+| IQ3_S   | 256 | 110 | float16, 8 four-bit scales, 64 points of a codebook of 512, signs (IQ3_XXS: of 256; IQ2_*: of eight values each) |
+| IQ1_S   | 256 | 50  | float16, 8 three-bit scales, 32 points of a codebook of 2048 (IQ1_M: 16 scales) |
+| MXFP4   | 32  | 17  | power of two, codes of e2m1 (NVFP4: 64, four scales of e4m3)  |
+| Q2_0    | 64  | 18  | float16 scale, codes of -1 to 2 (Q1_0: 128 signs)            |
 
-Bytes are llama.cpp's own (libggml 0.25.3), with an importance matrix and without: tests/vectors/ggml. The searches are in kernels/ggml_search.py.
+Bytes are llama.cpp's own (libggml 0.25.3), with an importance matrix and without: tests/vectors/ggml. The searches are in kernels/ggml_search.py,
+those of codebooks in kernels/ggml_iq_search.py and ggml_iq1.py.
 """
 
 from __future__ import annotations
@@ -59,11 +63,15 @@ BY_ID: Mapping[int, GgmlType] = {kind.id: kind for kind in TYPES.values()}
 # where the float16 scales lie in a block, of the types that have some
 SCALES: Mapping[str, tuple[int, ...]] = {
     "F16": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2),
-    "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,),
+    "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,), "Q1_0": (0,), "Q2_0": (0,),
+    "IQ1_S": (0,), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,),
 }  # fmt: skip
 NATIVE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-ENCODED = ("F32", "BF16", *SCALES, "MXFP4")
-WEIGHTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")  # what an importance matrix changes
+ENCODED = ("F32", "BF16", *SCALES, "IQ1_M", "MXFP4", "NVFP4")
+CODEBOOKS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+# what an importance matrix changes, and what ggml does not make without one
+WEIGHTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", *CODEBOOKS)
+IMPORTANCE_NEEDED = ("IQ1_S", "IQ2_XXS", "IQ2_XS")
 
 
 def ggml_type(name: str) -> GgmlType:
@@ -116,8 +124,6 @@ class GgmlEncoder:
     def __post_init__(self) -> None:
         rows, columns = self.shape
         row_size(self.kind, columns)
-        if self.kind.name not in ENCODED:
-            raise UnsupportedError(f"{self.kind.name} is read, not written.", hint=f"Types that are written: {', '.join(ENCODED)}.")
         if self.importance is not None:
             given = self.importance.shape
             slices = given[0] if len(given) == 2 else 1
@@ -125,6 +131,10 @@ class GgmlEncoder:
                 raise SourceError(f"has an importance of {list(given)} for a weight of {list(self.shape)}.")
             if isinstance(self.importance, np.ndarray) and not np.isfinite(self.importance).all():
                 raise SourceError("has an importance that is NaN or infinite.", hint="Is the importance matrix damaged?")
+            if self.kind.name in CODEBOOKS and (self.importance < 0).any():
+                raise SourceError(f"has an importance below 0, which {self.kind.name} cannot heed.", hint="Is the importance matrix damaged?")
+        elif self.kind.name in IMPORTANCE_NEEDED:
+            raise UnsupportedError(f"{self.kind.name} needs an importance matrix.", hint="Give one, or choose a type without: IQ2_S, IQ1_M, Q2_K.")
 
     @property
     def heeds(self) -> bool:
@@ -219,10 +229,13 @@ class GgmlEncoding:
 
 
 def _check(kind: GgmlType, rows: Array, start: int) -> None:
-    """SourceError if a scale is beyond float16: llama-quantize refuses such a tensor too."""
+    """SourceError if a scale is beyond float16 (NaN where a codebook's search broke down): llama-quantize refuses such a tensor too."""
     blocks = rows.reshape(-1, kind.size)
-    for at in SCALES.get(kind.name, ()):
-        wrong = (blocks[:, at + 1] & 0x7C) == 0x7C
+    upper = [blocks[:, at + 1] for at in SCALES.get(kind.name, ())]
+    if kind.name == "IQ1_M":  # four bits of the scale each are the highest of the last four pairs of bytes
+        upper = [blocks[:, 55] & 0xF0 | blocks[:, 53] >> 4]
+    for byte in upper:
+        wrong = (byte & 0x7C) == 0x7C
         if wrong.any():
             _refuse(kind, rows, start, int(wrong.argmax()))
     if kind.name == "BF16":
@@ -242,8 +255,6 @@ def decode(kind: GgmlType, data: memoryview | bytes | bytearray | Array, columns
     """Whole rows of blocks as float32 [rows, columns]; exact, but for the one product and sum that ggml itself rounds."""
     from glmconv.kernels.ggml_decode import DECODE
 
-    if kind.name not in DECODE:
-        raise UnsupportedError(f"is of ggml's type {kind.name}, which is not read.")
     blocks = np.frombuffer(data, np.uint8).reshape(-1, kind.size)
     size = row_size(kind, columns)
     if not size or blocks.size % size:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from glmconv.kernels import ggml_iq4, ggml_k, ggml_simple
+from glmconv.kernels import ggml_iq1, ggml_iq4, ggml_iq23, ggml_k, ggml_simple, ggml_tiny
 from glmconv.kernels.floats import Array, fits
 
 NO_IMPORTANCE = np.empty(0, np.float32)
@@ -37,7 +37,17 @@ WAYS: Mapping[str, Way] = {
     "Q2_K": Way(256, 84, ggml_k.encode_q2_k),
     "IQ4_NL": Way(32, 18, ggml_iq4.encode_iq4_nl),
     "IQ4_XS": Way(256, 136, ggml_iq4.encode_iq4_xs),
+    "IQ1_S": Way(256, 50, ggml_iq1.encode_iq1_s),
+    "IQ1_M": Way(256, 56, ggml_iq1.encode_iq1_m),
+    "IQ2_XXS": Way(256, 66, ggml_iq23.encode_iq2_xxs),
+    "IQ2_XS": Way(256, 74, ggml_iq23.encode_iq2_xs),
+    "IQ2_S": Way(256, 82, ggml_iq23.encode_iq2_s),
+    "IQ3_XXS": Way(256, 98, ggml_iq23.encode_iq3_xxs),
+    "IQ3_S": Way(256, 110, ggml_iq23.encode_iq3_s),
     "MXFP4": Way(32, 17, ggml_simple.encode_mxfp4),
+    "NVFP4": Way(64, 36, ggml_tiny.encode_nvfp4),
+    "Q1_0": Way(128, 18, ggml_tiny.encode_q1_0),
+    "Q2_0": Way(64, 18, ggml_tiny.encode_q2_0),
     "TQ1_0": Way(256, 54, ggml_simple.encode_tq1_0),
     "TQ2_0": Way(256, 66, ggml_simple.encode_tq2_0),
 }

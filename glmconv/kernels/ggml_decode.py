@@ -96,6 +96,21 @@ def decode_mxfp4(data: Array) -> Floats:
     return values
 
 
+def decode_nvfp4(data: Array) -> Floats:
+    e, m = data[:, :4] >> np.uint8(3) & np.uint8(15), floats(data[:, :4] & np.uint8(7))
+    steps = np.where(e == 0, m * np.float32(2.0**-10), np.ldexp(np.float32(1) + m * EIGHTH, e.astype(np.int32) - 8))
+    steps[data[:, :4] == 0x7F] = 0  # NaN, were it not ggml's
+    return scaled(steps, E2M1[fields(data[:, 4:], 4, 8)])
+
+
+def decode_q1_0(data: Array) -> Floats:
+    return half(data, 0) * -_signs(data[:, 2:])
+
+
+def decode_q2_0(data: Array) -> Floats:
+    return half(data, 0) * floats(fields(data[:, 2:], 2, 1), 1)
+
+
 def decode_q2_k(data: Array) -> Floats:
     small = data[:, :16]
     steps, lows = half(data, 80) * floats(small & 15), half(data, 82) * floats(small >> 4)
@@ -250,6 +265,9 @@ DECODE: Mapping[str, Callable[[Array], Floats]] = {
     "Q5_1": decode_q5_1,
     "Q8_0": decode_q8_0,
     "MXFP4": decode_mxfp4,
+    "NVFP4": decode_nvfp4,
+    "Q1_0": decode_q1_0,
+    "Q2_0": decode_q2_0,
     "Q2_K": decode_q2_k,
     "Q3_K": decode_q3_k,
     "Q4_K": decode_q4_k,

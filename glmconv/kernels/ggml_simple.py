@@ -106,7 +106,7 @@ def _cut(v: Any) -> Any:
 
 
 @inner
-def _away(v: Any) -> Any:
+def away(v: Any) -> Any:
     """C's roundf, as an integer: to the nearest, ties away from 0."""
     a = abs(v)
     low = f32(math.floor(a))
@@ -195,7 +195,7 @@ def _encode_q8_0(values: Any, out: Any) -> None:
         put_half(block, 0, d)
         codes = block[2:]
         for i in range(BLOCK):
-            codes[i] = u8(_away(x[i] * factor))
+            codes[i] = u8(away(x[i] * factor))
 
 
 @kernel
@@ -231,7 +231,7 @@ def _encode_ternary(values: Any, out: Any) -> None:
             peak = max(peak, abs(x[i]))
         factor = f32(1) / peak if peak != f32(0) else f32(0)
         for i in range(256):
-            codes[i] = u8(_away(x[i] * factor) + i32(1))
+            codes[i] = u8(away(x[i] * factor) + i32(1))
         if len(block) == 66:
             for j in range(64):
                 c = 128 * (j // 32) + j % 32

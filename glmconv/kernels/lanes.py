@@ -138,6 +138,44 @@ def _place(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
 
 
 @emitted
+def nibbles(typing: Any, array: Any, row: Any, shift: Any) -> Any:
+    """Four bits, from bit `shift` on, of each of the LANES numbers in row `row` of uint32 [n, LANES]."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.bitcast(_place(context, builder, signature, arguments), INTS.as_pointer())
+        amount = _all(builder, context.cast(builder, arguments[2], signature.args[2], types.int32))
+        return builder.sitofp(builder.and_(builder.lshr(builder.load(place, align=4), amount), _constant(15)), FLOATS)
+
+    return lanes(array, row, shift), generate
+
+
+@emitted
+def least(typing: Any, value: Any) -> Any:
+    """The bits of the least, and its first lane, as bits << 16 | lane; of values that are not negative. NaN is beyond Inf."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = builder.bitcast(arguments[0], INTS)
+        kind = ir.FunctionType(ir.IntType(32), [INTS])
+        lowest = builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.umin.v{LANES}i32"), [bits])
+        lane = _first(builder, builder.icmp_unsigned("==", bits, _all(builder, lowest)))
+        wide = ir.IntType(64)
+        return builder.or_(builder.shl(builder.zext(lowest, wide), ir.Constant(wide, 16)), lane)
+
+    return types.int64(value), generate
+
+
+@emitted
+def first(typing: Any, chosen: Any) -> Any:
+    """The first lane that is chosen; LANES if there is none."""
+    return types.int64(chosen), lambda context, builder, signature, arguments: _first(builder, arguments[0])
+
+
+def _first(builder: Any, chosen: Any) -> Any:
+    short = ir.IntType(LANES)
+    return builder.zext(builder.cttz(builder.bitcast(chosen, short), ir.Constant(ir.IntType(1), 0)), ir.IntType(64))
+
+
+@emitted
 def splat(typing: Any, value: Any) -> Any:
     """One float32 in every lane."""
     return _operation(lanes, lambda builder, a: a, value)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from glmconv.codecs import ggml
 from glmconv.codecs.codec import NUMPY
-from glmconv.codecs.ggml import ENCODED, TYPES, GgmlEncoder, decode, ggml_type, row_size
+from glmconv.codecs.ggml import ENCODED, IMPORTANCE_NEEDED, TYPES, GgmlEncoder, decode, ggml_type, row_size
 from glmconv.dtypes import BY_NAME
 from glmconv.errors import SourceError, UnsupportedError
 
@@ -46,13 +46,13 @@ def as_dtype(weight: np.ndarray, name: str) -> np.ndarray:
     return (weight.view(np.uint32) >> 16).astype(np.uint16) if name == "bfloat16" else weight.astype(NUMPY[name])
 
 
-@pytest.mark.parametrize("name", ["Q4_K", "Q5_0", "IQ4_NL", "Q6_K", "Q8_0", "F16"])
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_0", "IQ4_NL", "Q6_K", "Q8_0", "F16", "IQ3_S", "IQ2_XS", "IQ1_M", "NVFP4"])
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_any_batching_gives_the_same_bytes(name, data):
     slices, tall, columns = data.draw(st.sampled_from([1, 2, 3])), data.draw(st.integers(1, 5)), data.draw(st.sampled_from([256, 768]))
     weight = rows(slices * tall, columns, data.draw(st.integers(0, 9)))
-    importance = np.abs(rows(slices, columns, 77)) if data.draw(st.booleans()) else None
+    importance = np.abs(rows(slices, columns, 77)) if name in IMPORTANCE_NEEDED or data.draw(st.booleans()) else None
     encoder = GgmlEncoder(TYPES[name], weight.shape, FLOAT32, importance)
     batches, left = [], len(weight)
     while left:
@@ -76,7 +76,8 @@ def test_strips_of_a_large_weight_are_as_its_rows_alone(monkeypatch):
 @pytest.mark.parametrize("name", ENCODED)
 def test_rows_of_half_the_width_are_widened_first(name, dtype):
     weight = rows(3, 512).astype(np.float16).astype(np.float32) if dtype == "float16" else rows(3, 512)
-    narrow, wide = GgmlEncoder(TYPES[name], weight.shape, BY_NAME[dtype]), GgmlEncoder(TYPES[name], weight.shape, FLOAT32)
+    importance = np.ones(512, np.float32) if name in IMPORTANCE_NEEDED else None
+    narrow, wide = (GgmlEncoder(TYPES[name], weight.shape, kind, importance) for kind in (BY_NAME[dtype], FLOAT32))
     np.testing.assert_array_equal(encoded(narrow, as_dtype(weight, dtype))[0], encoded(wide, weight)[0])
 
 
@@ -101,6 +102,7 @@ def test_nan_and_inf_are_reported_where_they_stand(dtype, at):
 @pytest.mark.parametrize("way", ["n", "a"])
 @pytest.mark.parametrize("name", [name for name in ENCODED if name != "F32"])
 def test_what_ggml_finds_invalid_is_an_error(name, way):
+    way = "a" if name in IMPORTANCE_NEEDED else way
     valid = np.load(VECTORS / f"{name}.npz")[f"valid_{way}"]
     encoder = GgmlEncoder(TYPES[name], (1, 1024), FLOAT32, INPUTS["imatrix"] if way == "a" else None)
 
@@ -138,7 +140,7 @@ def test_the_id_says_all_that_decides_bytes():
     assert GgmlEncoder(TYPES["Q8_0"], (4, 256), FLOAT32, ones).id == GgmlEncoder(TYPES["Q8_0"], (4, 256), FLOAT32).id
 
 
-@pytest.mark.parametrize("name", sorted(set(TYPES) - {"NVFP4", "Q1_0", "Q2_0", "F32"}))
+@pytest.mark.parametrize("name", sorted(set(TYPES) - {"F32"}))
 def test_rows_are_decoded_whole(name, monkeypatch):
     monkeypatch.setattr(ggml, "STRIP", 2560)
     stored = np.load(VECTORS / f"{name}.npz")["q_a"]
@@ -155,10 +157,9 @@ def test_sizes_names_and_what_does_not_fit():
         ggml_type("Q9_K")
     with pytest.raises(ValueError, match="100 columns"):
         GgmlEncoder(TYPES["Q8_0"], (2, 100), FLOAT32)
-    with pytest.raises(UnsupportedError, match="IQ3_S is read, not written"):
-        GgmlEncoder(TYPES["IQ3_S"], (2, 256), FLOAT32)
-    with pytest.raises(UnsupportedError, match="not read"):
-        decode(TYPES["NVFP4"], bytes(36), 64)
+    for name in ("IQ1_S", "IQ2_XXS", "IQ2_XS"):
+        with pytest.raises(UnsupportedError, match=f"{name} needs an importance matrix"):
+            GgmlEncoder(TYPES[name], (2, 256), FLOAT32)
     with pytest.raises(SourceError, match="no whole number of rows"):
         decode(TYPES["Q8_0"], bytes(34 * 3), 64)
     for wrong in (np.ones(255, np.float32), np.ones((3, 256), np.float32), np.ones((1, 1, 256), np.float32)):
@@ -166,3 +167,14 @@ def test_sizes_names_and_what_does_not_fit():
             GgmlEncoder(TYPES["Q4_K"], (4, 256), FLOAT32, wrong)
     with pytest.raises(SourceError, match="NaN or infinite"):
         GgmlEncoder(TYPES["Q4_K"], (4, 256), FLOAT32, np.full(256, np.nan, np.float32))
+    with pytest.raises(SourceError, match="an importance below 0, which IQ3_S cannot heed"):
+        GgmlEncoder(TYPES["IQ3_S"], (4, 256), FLOAT32, np.full(256, -1, np.float32))
+
+
+@pytest.mark.parametrize("name", ["IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"])
+def test_where_a_codebook_s_search_breaks_down_is_an_error(name):
+    """ggml aborts there: distances to all points are beyond float32."""
+    weight = rows(3, 512)
+    weight[1, 256:] *= np.float32(1e30)
+    with pytest.raises(SourceError, match=f"values from column 256 on in row 1 that {name} cannot hold"):
+        encoded(GgmlEncoder(TYPES[name], (3, 512), FLOAT32, np.ones(512, np.float32)), weight)

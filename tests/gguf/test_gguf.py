@@ -58,7 +58,7 @@ def test_llama_cpp_gives_the_logits_of_transformers(preset, toy, tmp_path):
     assert max(abs(wanted[token].item() - value) for token, value in found.items()) < CLOSE.get(preset, 1e-4)
 
 
-@pytest.mark.parametrize("file_type", ["BF16", "Q8_0", "Q4_K_M", "IQ4_XS"])
+@pytest.mark.parametrize("file_type", ["BF16", "Q8_0", "Q4_K_M", "IQ4_XS", "IQ3_M"])
 def test_llama_cpp_runs_quantized_files(file_type, toy, tmp_path):
     pytest.importorskip("xllamacpp")
     convert(toy("glm4.7-flash-30B-A3B", SMALL), {f"gguf:{file_type}": tmp_path / "model.gguf"})
