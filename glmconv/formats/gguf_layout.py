@@ -13,13 +13,18 @@ from glmconv.dtypes import BY_NAME
 from glmconv.engine.journal import BESIDE
 from glmconv.engine.plan import OutputFile, Piece, Plan, Run
 from glmconv.errors import UnsupportedError
+from glmconv.formats.coded import WIDE
 from glmconv.formats.format import LayoutOptions, Opened, RowReader
 from glmconv.formats.gguf_header import padded, write_header
 from glmconv.formats.gguf_metadata import ARCHITECTURES, metadata, quantized
 from glmconv.formats.gguf_mix import Choice, Facts, Tensor, choose, mix_named
-from glmconv.formats.gguf_rows import DECAY, turned
+from glmconv.formats.gguf_rows import AS_STORED, DECAY, turned
+from glmconv.formats.gguf_stored import GgufRows, StoredBlocks, stored_as
 from glmconv.formats.gguf_tensors import GGUFTensor, Transform, gguf_tensors
+from glmconv.formats.gguf_types import Entry
 
+APPENDED = ("general.quantization_version", "general.file_type")
+IMATRIX = "quantize.imatrix."
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "README.md")
@@ -33,7 +38,7 @@ def plan(opened: Opened, options: LayoutOptions) -> Plan:
     choices = choose(mix.name, given, facts_of(opened.model))
     described = [(tensor.name, TYPES[choice.type], tensor.ne) for tensor, choice in zip(tensors, choices, strict=True)]
     refuse_unaided(tensors, choices, mix.name)
-    kv = metadata(opened.model, opened.config, side_bytes(opened), name_of(opened)) + quantized(mix.name)
+    kv = entries(opened) + quantized(mix.name)
     pieces: list[Piece] = []
     for tensor, (_, kind, _) in zip(tensors, described, strict=True):
         pieces += stored(tensor, kind, opened.tensors)
@@ -46,6 +51,18 @@ def name_of(opened: Opened) -> str:
     """What the model's own name is guessed from: its folder's, or the release's where the folder is one of the Hub's cache, named after a commit."""
     preset = preset_of(opened.config)
     return preset.hub.rpartition("/")[2] if preset and COMMIT.fullmatch(opened.path.name) else opened.path.name
+
+
+def entries(opened: Opened) -> list[Entry]:
+    """The keys before those that a quantizer appends: of a GGUF source its own, but for the architecture's if MTP layers were dropped or added."""
+    kept = [entry for entry in opened.entries if entry.key not in APPENDED and not entry.key.startswith(IMATRIX)]
+    if kept and not opened.dropped and "mtp_from" not in opened.fingerprint:
+        return kept
+    made = metadata(opened.model, opened.config, side_bytes(opened), name_of(opened))
+    own = f"{ARCHITECTURES[opened.model.spec.model_type]}."
+    at = next((n for n, entry in enumerate(kept) if entry.key.startswith(own)), 0)
+    others = [entry for entry in kept[at:] if not entry.key.startswith(own)]
+    return [*kept[:at], *(entry for entry in made if entry.key.startswith(own)), *others] if kept else made
 
 
 def facts_of(model: Model) -> Facts:
@@ -76,28 +93,33 @@ def side_bytes(opened: Opened) -> dict[str, bytes]:
 
 
 def stored(tensor: GGUFTensor, kind: GgmlType, readers: Mapping[str, RowReader]) -> Iterator[Piece]:
-    """The tensor's piece and its padding."""
+    """The tensor's piece and its padding. What a GGUF source stores in this type passes byte for byte."""
     columns, rows = tensor.ne[0], math.prod(tensor.ne[1:])
-    source = readers[tensor.runs[0].tensor].dtype
-    runs = tuple(engine_run(tensor, run.tensor, run.first, run.rows, readers) for run in tensor.runs)
-    if tensor.transform is Transform.NEGATIVE_EXPONENTIAL:
-        source = BY_NAME["float32"]
+    first = readers[tensor.runs[0].tensor]
+    source = BY_NAME["float32"] if tensor.transform is Transform.NEGATIVE_EXPONENTIAL or isinstance(first, GgufRows) else first.dtype
     if len(tensor.ne) == 1:
         columns, rows = 1, tensor.ne[0]
     size = rows * row_size(kind, columns)
     dtype = FLOATS.get(kind.name, "uint8")
     shape = tensor.ne[::-1] if kind.name in FLOATS else (rows, row_size(kind, columns))
-    same = dtype == source.name
-    encoder = None if same else GgmlEncoder(kind, (rows, columns), source, strict=kind.name not in FLOATS)
+    already = stored_as([readers[run.tensor] for run in tensor.runs], tensor.name)
+    if already and already.tensor.type == kind:
+        runs: tuple[Run, ...] = (Run(f"{AS_STORED}{tensor.name}:{tensor.runs[0].tensor}", 0, StoredBlocks(already).shape[0]),)
+        encoder = None
+    else:
+        runs = tuple(engine_run(tensor, run.tensor, run.first, run.rows, readers) for run in tensor.runs)
+        encoder = None if dtype == source.name else GgmlEncoder(kind, (rows, columns), source, strict=kind.name not in FLOATS)
     yield Piece(tensor.name, dtype, shape, size, runs, encoder=encoder)
     if gap := padded(size) - size:
         yield Piece(f"padding of {tensor.name}", "uint8", (gap,), gap, literal=bytes(gap), digested=False)
 
 
 def engine_run(tensor: GGUFTensor, name: str, first: int, rows: int, readers: Mapping[str, RowReader]) -> Run:
-    """Rows as the engine asks for them: of a matrix that is transposed its columns."""
+    """Rows as the engine asks for them: of a matrix that is transposed its columns; of a GGUF source in float32, so that they are rounded once."""
+    columns = readers[name].shape[-1]
+    name = WIDE + name if isinstance(readers[name], GgufRows) else name
     if tensor.transform is Transform.TRANSPOSED:
-        return Run(turned(name, first, rows), 0, readers[name].shape[1])
+        return Run(turned(name, first, rows), 0, columns)
     return Run(DECAY + name if tensor.transform is Transform.NEGATIVE_EXPONENTIAL else name, first, rows)
 
 
