@@ -80,6 +80,12 @@ def model_at(path: Path) -> Path:
     return path / found[0]
 
 
+def whole_name(name: str) -> str:
+    """Of a part the name that the whole would have; of any other file its own."""
+    part = PART.fullmatch(name)
+    return f"{part['prefix']}{SUFFIX}" if part else name
+
+
 def open_files(path: Path) -> GgufFiles:
     """The file at `path` and those of its set. SourceError if one is missing, broken, or contradicts the others."""
     folder = InputFolder(path.parent)

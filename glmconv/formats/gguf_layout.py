@@ -13,12 +13,11 @@ from glmconv.dtypes import BY_NAME
 from glmconv.engine.journal import BESIDE
 from glmconv.engine.plan import OutputFile, Piece, Plan, Run
 from glmconv.errors import UnsupportedError
-from glmconv.formats.coded import WIDE
 from glmconv.formats.format import LayoutOptions, Opened, RowReader
 from glmconv.formats.gguf_header import padded, write_header
 from glmconv.formats.gguf_metadata import ARCHITECTURES, metadata, quantized
 from glmconv.formats.gguf_mix import Choice, Facts, Tensor, choose, mix_named
-from glmconv.formats.gguf_rows import AS_STORED, DECAY, turned
+from glmconv.formats.gguf_rows import AS_STORED, DECAY, FLOAT32, turned
 from glmconv.formats.gguf_stored import GgufRows, StoredBlocks, stored_as
 from glmconv.formats.gguf_tensors import GGUFTensor, Transform, gguf_tensors
 from glmconv.formats.gguf_types import Entry
@@ -95,32 +94,34 @@ def side_bytes(opened: Opened) -> dict[str, bytes]:
 def stored(tensor: GGUFTensor, kind: GgmlType, readers: Mapping[str, RowReader]) -> Iterator[Piece]:
     """The tensor's piece and its padding. What a GGUF source stores in this type passes byte for byte."""
     columns, rows = tensor.ne[0], math.prod(tensor.ne[1:])
-    first = readers[tensor.runs[0].tensor]
-    source = BY_NAME["float32"] if tensor.transform is Transform.NEGATIVE_EXPONENTIAL or isinstance(first, GgufRows) else first.dtype
+    wide = any(isinstance(readers[run.tensor], GgufRows) for run in tensor.runs)
+    source = BY_NAME["float32"] if wide or tensor.transform is Transform.NEGATIVE_EXPONENTIAL else readers[tensor.runs[0].tensor].dtype
+    runs = tuple(engine_run(tensor, run.tensor, run.first, run.rows, readers, FLOAT32 if wide else "") for run in tensor.runs)
     if len(tensor.ne) == 1:
         columns, rows = 1, tensor.ne[0]
     size = rows * row_size(kind, columns)
     dtype = FLOATS.get(kind.name, "uint8")
     shape = tensor.ne[::-1] if kind.name in FLOATS else (rows, row_size(kind, columns))
-    already = stored_as([readers[run.tensor] for run in tensor.runs], tensor.name)
-    if already and already.tensor.type == kind:
-        runs: tuple[Run, ...] = (Run(f"{AS_STORED}{tensor.name}:{tensor.runs[0].tensor}", 0, StoredBlocks(already).shape[0]),)
-        encoder = None
-    else:
-        runs = tuple(engine_run(tensor, run.tensor, run.first, run.rows, readers) for run in tensor.runs)
-        encoder = None if dtype == source.name else GgmlEncoder(kind, (rows, columns), source, strict=kind.name not in FLOATS)
+    same = dtype == source.name
+    if already := stored_already(tensor, kind, readers):
+        runs, same = (Run(f"{AS_STORED}{tensor.name}:{tensor.runs[0].tensor}", 0, already.shape[0]),), True
+    encoder = None if same else GgmlEncoder(kind, (rows, columns), source, strict=kind.name not in FLOATS)
     yield Piece(tensor.name, dtype, shape, size, runs, encoder=encoder)
     if gap := padded(size) - size:
         yield Piece(f"padding of {tensor.name}", "uint8", (gap,), gap, literal=bytes(gap), digested=False)
 
 
-def engine_run(tensor: GGUFTensor, name: str, first: int, rows: int, readers: Mapping[str, RowReader]) -> Run:
-    """Rows as the engine asks for them: of a matrix that is transposed its columns; of a GGUF source in float32, so that they are rounded once."""
-    columns = readers[name].shape[-1]
-    name = WIDE + name if isinstance(readers[name], GgufRows) else name
+def stored_already(tensor: GGUFTensor, kind: GgmlType, readers: Mapping[str, RowReader]) -> StoredBlocks | None:
+    """The tensor of a GGUF source that is of this type already."""
+    found = stored_as([readers[run.tensor] for run in tensor.runs], tensor.name)
+    return StoredBlocks(found) if found and found.tensor.type == kind else None
+
+
+def engine_run(tensor: GGUFTensor, name: str, first: int, rows: int, readers: Mapping[str, RowReader], prefix: str) -> Run:
+    """Rows as the engine asks for them: of a matrix that is transposed its columns."""
     if tensor.transform is Transform.TRANSPOSED:
-        return Run(turned(name, first, rows), 0, columns)
-    return Run(DECAY + name if tensor.transform is Transform.NEGATIVE_EXPONENTIAL else name, first, rows)
+        return Run(turned(prefix + name, first, rows), 0, readers[name].shape[1])
+    return Run((DECAY if tensor.transform is Transform.NEGATIVE_EXPONENTIAL else prefix) + name, first, rows)
 
 
 def notes(opened: Opened, described: Sequence[tuple[str, GgmlType, Sequence[int]]], choices: Sequence[Choice]) -> Iterator[str]:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from glmconv.dtypes import BY_NAME, DType
-from glmconv.formats.coded import WIDE
 from glmconv.formats.format import RowReader, row_size
 from glmconv.formats.gguf_stored import GgufRows, StoredBlocks, stored_as
 
 TURNED = "turned:"  # turned:FIRST:ROWS:NAME is a matrix, ROWS rows of a canonical tensor from FIRST on, transposed
 DECAY = "decay:"  # -exp(x) of a canonical tensor, in float32
+FLOAT32 = "float32:"  # of a GGUF source what its codes say, before that is rounded
 AS_STORED = "stored:"  # stored:GGUF:NAME is the tensor of that name in the GGUF file that the canonical tensor is read from, byte by byte
 
 
@@ -79,17 +79,14 @@ def gguf_derived(tensors: Mapping[str, RowReader], name: str) -> RowReader | Non
     """The reader that a name with one of the prefixes stands for; None if it has none."""
     if name.startswith(TURNED):
         first, rows, name = name.removeprefix(TURNED).split(":", 2)
-        return Turned(_plain(tensors, name), int(first), int(rows))
+        return Turned(gguf_derived(tensors, name) or tensors[name], int(first), int(rows))
+    if name.startswith(FLOAT32):
+        reader = tensors[name.removeprefix(FLOAT32)]
+        return reader.widened() if isinstance(reader, GgufRows) else reader
     if name.startswith(DECAY):
-        return Decay(_plain(tensors, name.removeprefix(DECAY)))
+        return Decay(tensors[name.removeprefix(DECAY)])
     if name.startswith(AS_STORED):
         stored, _, name = name.removeprefix(AS_STORED).partition(":")
         found = stored_as([tensors[name]], stored)
         return StoredBlocks(found) if found else None
     return None
-
-
-def _plain(tensors: Mapping[str, RowReader], name: str) -> RowReader:
-    """A tensor's own reader, or a GGUF source's in float32."""
-    reader = tensors[name.removeprefix(WIDE)]
-    return reader.widened() if name.startswith(WIDE) and isinstance(reader, GgufRows) else reader

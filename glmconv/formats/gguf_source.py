@@ -18,7 +18,7 @@ from glmconv.errors import SourceError, UnsupportedError
 from glmconv.formats.binding import canonical_dtype, config_dtype, expected
 from glmconv.formats.format import FileLayout, Opened, OpenOptions, RowReader
 from glmconv.formats.gguf_config import FoundConfig, Told, config_of
-from glmconv.formats.gguf_files import GgufFiles, StoredTensor, model_at, models_in, open_files
+from glmconv.formats.gguf_files import GgufFiles, StoredTensor, model_at, models_in, open_files, whole_name
 from glmconv.formats.gguf_metadata import CONFIG, SOURCE, embedded_files
 from glmconv.formats.gguf_stored import GgufRows, Stretch, decoded, narrow
 from glmconv.formats.gguf_tensors import VISION, GGUFTensor, Transform, gguf_tensors
@@ -47,7 +47,8 @@ def detect(path: Path) -> bool:
 
 
 def manifest_at(path: Path) -> Path:
-    return folder_of_file(path) if path.is_file() else path
+    """The folder beside a file, or beside what it is a part of; a folder of files has none of its own."""
+    return folder_of_file(path.with_name(whole_name(path.name))) if path.is_file() else path
 
 
 def open_source(path: Path, options: OpenOptions) -> Opened:
@@ -68,7 +69,7 @@ def open_source(path: Path, options: OpenOptions) -> Opened:
         unexpected=matched.unexpected, wrong=matched.wrong, dropped=matched.dropped,
         side_files={name: Bytes(content, len(paths) + n) for n, (name, content) in enumerate(side.items())}, layout=layout,
         notes=(*found.notes, *notes, *matched.notes), stored_bytes=files.stored_bytes, apart=matched.apart, entries=entries_of(files),
-        read=(*paths, *map(folder_of_file, paths)),
+        read=(*paths, *map(folder_of_file, paths), manifest_at(files.path)),
     )  # fmt: skip
 
 
