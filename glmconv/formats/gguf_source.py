@@ -21,7 +21,7 @@ from glmconv.formats.gguf_config import FoundConfig, Told, config_of
 from glmconv.formats.gguf_files import GgufFiles, StoredTensor, model_at, models_in, open_files, whole_name
 from glmconv.formats.gguf_metadata import CONFIG, SOURCE, embedded_files
 from glmconv.formats.gguf_stored import GgufRows, Stretch, decoded, narrow
-from glmconv.formats.gguf_tensors import VISION, GGUFTensor, Transform, gguf_tensors
+from glmconv.formats.gguf_tensors import VISION, GGUFTensor, Transform, gguf_tensors, layer_of
 from glmconv.formats.gguf_types import Entry, Kind
 from glmconv.formats.gguf_vocabulary import tokenizer_files
 from glmconv.formats.graft import with_field
@@ -32,6 +32,8 @@ from glmconv.kernels.ggml_decode import DECODE
 
 FLOAT32, BFLOAT16 = BY_NAME["float32"], BY_NAME["bfloat16"]
 LAYOUT_LARGEST = 64 << 20
+PARTS, MOST_PARTS = 3, 262_144  # matrices of an expert; of all experts, or of all heads that are stored apart: GLM-5 has 60,000
+STACKS = (("_exps.weight", "experts", "experts"), (".attn_k_b.weight", "heads", "heads"))
 SAMPLE = 4096  # bytes of a tensor that are looked at to tell whether float32 is more than it needs
 LOST = (
     "not in GGUF, so that it cannot be recovered: the list of end-of-answer ids (taken to be end of text, user, observation), the flags of added "
@@ -159,11 +161,13 @@ def match(config: Mapping[str, object], files: GgufFiles, options: OpenOptions) 
     stated = field_of(config, spec.mtp_field) or 0
     counted = config if stated == mtp else with_field(config, spec.mtp_field, mtp)
     whole = bind(spec, counted, aliases=True, file=files.path)
-    there = {run.tensor for tensor in table(whole) if tensor.name in files.tensors for run in tensor.runs}
+    refuse_absurd(whole, files)
+    every = table(whole)
+    there = {run.tensor for tensor in every if tensor.name in files.tensors for run in tensor.runs}
     aliases = any(tensor.alias and name in there for name, tensor in whole.tensors.items())
-    bound = bind(spec, counted, aliases=aliases, file=files.path)
+    bound = whole if aliases else bind(spec, counted, file=files.path)
     wanted = expected(counted, there.__contains__, aliases=aliases, mtp=options.mtp, file=files.path, whole=bound)
-    stored = table(wanted.model)
+    stored = every if wanted.model is whole else table(wanted.model)
     binding = Binding(wanted.model, files, config_dtype(config) or BFLOAT16)
     for tensor in stored:
         binding.add(tensor)
@@ -175,6 +179,20 @@ def match(config: Mapping[str, object], files: GgufFiles, options: OpenOptions) 
         wanted.model, binding.readers, tuple(binding.missing), tuple(name for name in files.tensors if name not in kept | left),
         tuple(binding.wrong), tuple(n for n in wanted.dropped if n in there), tuple(binding.apart), (*notes, *wanted.notes, *binding.notes()),
     )  # fmt: skip
+
+
+def refuse_absurd(model: Model, files: GgufFiles) -> None:
+    """SourceError for sizes that ask for more than the file can hold, before anything is made of them."""
+    s, layers = model.sizes, {layer_of(name) for name in files.tensors} - {-1}
+    if s["layers"] > len(layers):
+        raise SourceError(f"has tensors of {len(layers):,} layers; its keys or its config say {s['layers']:,}.", file=files.path)
+    for stored in files.tensors.values():
+        for suffix, size, what in STACKS:
+            if stored.name.endswith(suffix) and size in s and trimmed(stored.tensor.ne)[2:] != trimmed((1, 1, s[size]))[2:]:
+                raise SourceError(f"is {list(stored.tensor.ne)}; there are {s[size]:,} {what}.", file=stored.file.path, tensor=stored.name)
+    each = max(PARTS * s.get("experts", 0), 2 * s["heads"] if "kv_rank" in s else 0)
+    if each * len(layers) > MOST_PARTS:
+        raise SourceError(f"says it has {s.get('experts', 0):,} experts and {s['heads']:,} heads in {len(layers):,} layers.", file=files.path)
 
 
 class Binding:

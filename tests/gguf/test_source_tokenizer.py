@@ -77,7 +77,15 @@ def test_notes_say_what_is_rebuilt_and_what_is_lost(files, tmp_path):
     source, path, _ = files
     with open_checkpoint(path) as opened:
         notes = "\n".join(opened.opened.notes)
-    for word in ("config.json is rebuilt", "zai-org/GLM-4.7-Flash", "tokenizer.json", "ids", "flags of added tokens", "post-processor", "spread over files"):
+    for word in (
+        "config.json is rebuilt",
+        "zai-org/GLM-4.7-Flash",
+        "tokenizer.json",
+        "ids",
+        "flags of added tokens",
+        "post-processor",
+        "spread over files",
+    ):
         assert word in notes
     with open_checkpoint(with_source(path, source, tmp_path / "whole.gguf")) as opened:
         assert opened.opened.notes == ()
