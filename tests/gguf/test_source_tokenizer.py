@@ -1,4 +1,4 @@
-"""A tokenizer rebuilt from a GGUF file's keys cuts text as the original does; the files beside it say what the original's said, or a note says that not."""
+"""A tokenizer rebuilt from a GGUF file's keys cuts text as the original does; what cannot be rebuilt a note says."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.conftest import EACH
 from tests.gguf.rewritten import changed, with_source
 
 TEXTS = (
-    "", " ", "the of and to in is that", "  with   was\n\n on \t be", "It's they've I'd WE'LL", "12 345 6789 ½ ٣", "naïve café — “quoted” 中文字符 🙂‍↔️",
-    "[gMASK]<sop><|user|>\nhello<|assistant|>\n<think></think>the answer", "<|endoftext|><|observation|>/nothink", "<tool_call>x</tool_call> < |user|>",
+    "", " ", "the of and to in is that", "  with   was\n\n on \t be", "It's they've I'd WE'LL", "12 345 6789 ½ ٣", "naïve café — “q” 中文字符 🙂‍↔️",
+    "[gMASK]<sop><|user|>\nhello<|assistant|>\n<think></think>the", "<|endoftext|><|observation|>/nothink", "<tool_call>x</tool_call> < |user|>",
     "a\r\nb\r\n\r\n  c", "\x00\x7f\u200b", "ThE oF aNd", "that that  that",
 )  # fmt: skip
 PRESET = "glm4.7-flash-30B-A3B"
