@@ -23,7 +23,6 @@ from glmconv.formats.gguf_tensors import GGUFTensor, Transform, gguf_tensors
 from glmconv.formats.gguf_types import Entry
 
 APPENDED = ("general.quantization_version", "general.file_type")
-IMATRIX = "quantize.imatrix."
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "README.md")
@@ -54,7 +53,7 @@ def name_of(opened: Opened) -> str:
 
 def entries(opened: Opened) -> list[Entry]:
     """The keys before those that a quantizer appends: of a GGUF source its own, but for the architecture's if MTP layers were dropped or added."""
-    kept = [entry for entry in opened.entries if entry.key not in APPENDED and not entry.key.startswith(IMATRIX)]
+    kept = [entry for entry in opened.entries if entry.key not in APPENDED]
     if kept and not opened.dropped and "mtp_from" not in opened.fingerprint:
         return kept
     made = metadata(opened.model, opened.config, side_bytes(opened), name_of(opened))

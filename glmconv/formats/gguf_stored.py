@@ -167,7 +167,10 @@ def bfloat16_bits(wide: Floats) -> NDArray[np.uint16]:
 
 @dataclass(frozen=True)
 class StoredBlocks:
-    """A stored tensor as its bytes, row by row, for a target that stores the same. Scales that mean nothing are errors all the same."""
+    """A stored tensor as its bytes, row by row (of one axis value by value), for a target that stores the same.
+
+    Scales that mean nothing are errors all the same.
+    """
 
     stored: StoredTensor
     dtype: DType = BY_NAME["uint8"]
@@ -175,7 +178,7 @@ class StoredBlocks:
     @property
     def shape(self) -> tuple[int, ...]:
         tensor = self.stored.tensor
-        size = row_size(tensor.type, tensor.ne[0])
+        size = row_size(tensor.type, tensor.ne[0] if len(tensor.ne) > 1 else 1)
         return tensor.size // size, size
 
     @property
