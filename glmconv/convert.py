@@ -6,27 +6,38 @@ import heapq
 import os
 import resource
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from glmconv.archs import preset_of
 from glmconv.checkpoint import Checkpoint, open_checkpoint
+from glmconv.codecs.ggml import GgmlEncoder
 from glmconv.engine.files import Disk
-from glmconv.engine.plan import Plan, by_source
+from glmconv.engine.plan import Plan, by_source, parts_of
 from glmconv.engine.preflight import Target, preflight, refuse_source, resolved
 from glmconv.engine.queue import JobQueue, ranks_here
 from glmconv.engine.run import Outcome
 from glmconv.engine.run import run as run_plans
-from glmconv.errors import CapacityError, SourceError, UsageError
+from glmconv.errors import CapacityError, SourceError, UsageError, printable
 from glmconv.formats import FORMATS
 from glmconv.formats.coded import CodedRows
 from glmconv.formats.format import LayoutOptions, row_size
+from glmconv.formats.gguf_imatrix import Importance, open_importance
+from glmconv.formats.gguf_layout import GgufPlan, name_of
+from glmconv.formats.gguf_metadata import ARCHITECTURES
+from glmconv.formats.gguf_options import GgufOptions, recorded_importance
 from glmconv.formats.selection import QuantOptions
-from glmconv.targets import TargetSpec, parse_target, parse_targets
+from glmconv.targets import GGUF, TargetSpec, parse_target, parse_targets
 
 CHUNK = 4 << 20
 SMALLEST_CHUNK = 1 << 20
 MIB = 1 << 20
+GGUF_ALONE = (  # options that only a GGUF target understands
+    "imatrix", "tensor_types", "token_embedding_type", "output_tensor_type", "pure", "split_max_size", "split_max_tensors", "mtp_only",
+    "embed_source", "quantize_from",
+)  # fmt: skip
+SPELLED = {"tensor_types": "--tensor-type", "mtp_only": "--mtp only"}
 COMPILED = 128 << 20  # numba and its compiled loops, seen at 105 MB
 
 
@@ -40,6 +51,8 @@ class Options:
     For quantized targets: `keep` are regular expressions of tensors to leave as they are, `first_layers_bf16` and `last_layers_bf16` whole
     layers; `ragged` "quantize" encodes even what no serving engine loads; `serve_tp`, `serve_ep` are the ranks it is to be served on;
     `nonfinite` "keep" encodes NaN and Inf too instead of refusing them.
+
+    For GGUF targets: `imatrix` is an importance file; all others, and `tensor_types` ("REGEX=TYPE"), as in `formats.gguf_options`.
     """
 
     workers: int | None = None
@@ -63,6 +76,16 @@ class Options:
     serve_tp: int = 1
     serve_ep: int = 1
     nonfinite: str = "error"
+    imatrix: str | Path | None = None
+    tensor_types: tuple[str, ...] = ()
+    token_embedding_type: str = ""
+    output_tensor_type: str = ""
+    pure: bool = False
+    split_max_size: int | None = None
+    split_max_tensors: int | None = None
+    mtp_only: bool = False
+    embed_source: bool = False
+    quantize_from: str = "bf16"
 
     @property
     def quant(self) -> QuantOptions:
@@ -71,11 +94,18 @@ class Options:
             self.nonfinite == "error",
         )  # fmt: skip
 
-    def layout(self, target: TargetSpec) -> LayoutOptions:
+    def gguf(self, importance: Importance | None) -> GgufOptions:
+        """UsageError for values that do not go together."""
+        return GgufOptions(
+            importance, tuple(self.tensor_types), self.token_embedding_type, self.output_tensor_type, self.pure, self.split_max_size,
+            self.split_max_tensors, self.mtp_only, self.embed_source, self.quantize_from,
+        )  # fmt: skip
+
+    def layout(self, target: TargetSpec, importance: Importance | None = None) -> LayoutOptions:
         name = target.path.name if target.path else f"{target.to.replace(':', '-')}.gguf"
         return LayoutOptions(
             self.file_size, self.chunk_size, self.iteration, self.mtp, self.megatron_dialect, file_type=target.file_type, name=name,
-            codec=target.codec, quant=self.quant,
+            gguf=self.gguf(importance), codec=target.codec, quant=self.quant,
         )  # fmt: skip
 
     def open(self, src: str | Path) -> Checkpoint:
@@ -85,7 +115,7 @@ class Options:
 def options_of(chosen: Mapping[str, object]) -> Options:
     """Options from the command line's names and values."""
     known = {name: value for name, value in chosen.items() if name in Options.__dataclass_fields__}
-    return Options(**{**known, "mtp": chosen.get("mtp") != "drop"})  # type: ignore[arg-type]
+    return Options(**{**known, "mtp": chosen.get("mtp") != "drop", "mtp_only": chosen.get("mtp") == "only"})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -124,7 +154,9 @@ def codec_memory(source: Checkpoint, plans: Sequence[Plan]) -> tuple[int, int]:
     """(bytes of a process, bytes of a worker) that encoding and decoding add: compiled loops, and the parts of one tensor that are held."""
     held: dict[int, int] = {}
     for piece in (piece for made in plans for file in made.files for piece in file.pieces if piece.encoder):
-        if piece.encoder and (piece.part or not piece.encoder.row_bytes):
+        if isinstance(piece.encoder, GgmlEncoder):
+            held[id(piece.encoder)] = piece.encoder.held
+        elif piece.encoder and (piece.part or not piece.encoder.row_bytes):
             held[id(piece.encoder)] = held.get(id(piece.encoder), 0) + piece.payload
     coded = [reader for reader in source.opened.tensors.values() if isinstance(reader, CodedRows)]
     read = max((sum(row_size(part.shape, part.dtype) * (part.shape or (1,))[0] for part in reader.parts.values()) for reader in coded), default=0)
@@ -140,14 +172,29 @@ def resident() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def plan_targets(source: Checkpoint, targets: Sequence[TargetSpec], options: Options) -> list[Plan]:
-    """One plan a target: every file of the output, before one weight is read."""
-    if options.iteration is not None and all(target.format != "torch_dist" for target in targets):
-        raise UsageError("--iteration is a torch_dist checkpoint's; no target is one.")
-    if options.megatron_dialect != "auto" and all(target.format != "torch_dist" for target in targets):
-        raise UsageError("--megatron-dialect is a torch_dist target's; no target is one.", hint="A source's is --source-dialect.")
+def plan_targets(source: Checkpoint, targets: Sequence[TargetSpec], options: Options, *, importance: Importance | None = None) -> list[Plan]:
+    """One plan a target: every file of the output, before one weight is read. `importance` is the file `options.imatrix`, if it is open already."""
+    refuse_misplaced(options, {target.format for target in targets})
+    if options.imatrix is not None and importance is None:
+        importance = open_importance(Path(options.imatrix))
     refuse_towerless(source, targets)
-    return [FORMATS[target.format].plan(source.opened, options.layout(target)) for target in targets]
+    return [FORMATS[target.format].plan(source.opened, options.layout(target, importance)) for target in targets]
+
+
+def refuse_misplaced(options: Options, formats: Collection[str]) -> None:
+    """UsageError for an option that none of the targets' formats understands."""
+    if options.iteration is not None and "torch_dist" not in formats:
+        raise UsageError("--iteration is a torch_dist checkpoint's; no target is one.")
+    if options.megatron_dialect != "auto" and "torch_dist" not in formats:
+        raise UsageError("--megatron-dialect is a torch_dist target's; no target is one.", hint="A source's is --source-dialect.")
+    for name in GGUF_ALONE:
+        given = getattr(options, name)
+        if given and given != Options.__dataclass_fields__[name].default and GGUF not in formats:
+            raise UsageError(f"{SPELLED.get(name, '--' + name.replace('_', '-'))} is a GGUF target's; no target is one.")
+    if options.file_size is not None and set(formats) == {GGUF}:
+        raise UsageError("--shard-size means nothing for a GGUF target.", hint="Several files: --split-max-size.")
+    if options.mtp_only and (set(formats) != {GGUF} or not options.mtp):
+        raise UsageError("--mtp only is a GGUF target's, and each other target would get all layers.", hint="Convert in two commands.")
 
 
 def refuse_towerless(source: Checkpoint, targets: Sequence[TargetSpec]) -> None:
@@ -160,15 +207,37 @@ def refuse_towerless(source: Checkpoint, targets: Sequence[TargetSpec]) -> None:
         )  # fmt: skip
 
 
-def plan_again(source: Checkpoint, to: str, chosen: Mapping[str, object]) -> Plan:
-    """The plan of an earlier conversion, by its target and options as its manifest has them. SourceError if they are none of ours."""
-    named = {"ragged": "quantize" if chosen.get("ragged") else "keep", "keep": tuple(str(text) for text in _list(chosen.get("keep")))}
+def plan_again(source: Checkpoint, to: str, chosen: Mapping[str, object], *, imatrix: str | Path | None = None) -> Plan:
+    """The plan of an earlier conversion, by its target and options as its manifest has them.
+
+    imatrix: the importance file that it was made with, under whatever name. SourceError if options are none of ours, UsageError without that file.
+    """
+    named: dict[str, object] = {"ragged": "quantize" if chosen.get("ragged") else "keep", "imatrix": imatrix}
+    named |= {name: tuple(str(text) for text in _list(chosen.get(name))) for name in ("keep", "tensor_types")}
     known = {name: value for name, value in chosen.items() if name in Options.__dataclass_fields__}
+    importance = importance_again(chosen, imatrix)
     try:
         path = Path(str(chosen["name"])) if "name" in chosen else None  # of an output that is a file
-        return plan_targets(source, [parse_target(to, path)], Options(**{**known, **named}))[0]  # type: ignore[arg-type]
+        options = Options(**{**known, **named})  # type: ignore[arg-type]
+        return plan_targets(source, [parse_target(to, path)], options, importance=importance)[0]
     except (TypeError, UsageError) as error:
         raise SourceError("has a manifest of a target or with options that this version of glmconv does not know.", file=to) from error
+
+
+def importance_again(chosen: Mapping[str, object], path: str | Path | None) -> Importance | None:
+    """The importance file of an earlier conversion, called what it was called then. UsageError if it is not given, or another one is."""
+    recorded = recorded_importance(chosen)
+    if recorded is None:
+        if path is not None:
+            raise UsageError("--imatrix: this output was made without one.")
+        return None
+    name, digest = recorded
+    if path is None:
+        raise UsageError(f"this output was made with importance: {printable(name)} (sha256 {printable(digest)}).", hint="Pass --imatrix FILE.")
+    found = open_importance(Path(path))
+    if found.digest != digest:
+        raise UsageError(f"--imatrix {path} is not the file that this output was made with: that has the sha256 {printable(digest)}.")
+    return replace(found, name=name)
 
 
 def _list(value: object) -> list[object]:
@@ -194,6 +263,7 @@ def plan(src: str | Path, to: Sequence[str], dst: str | Path | None = None, *, o
     options = options or Options()
     targets = parse_targets(to, None if dst is None else Path(dst), need_path=False)
     with options.open(src) as source:
+        targets = named(targets, source)
         plans = plan_targets(source, targets, options)
         needed = sum(p.size for p in plans)
         if all(target.path for target in targets):
@@ -206,18 +276,35 @@ def plan(src: str | Path, to: Sequence[str], dst: str | Path | None = None, *, o
             bytes_written=sum(p.size for p in plans),
             peak_memory=resources(options, source, plans).peak,
             disk_needed=needed,
-            jobs=sum(len(p.files) for p in plans),
+            jobs=sum(len(parts_of(p.files)) for p in plans),
             ranks=balance(source, plans, ranks),
             notes=list(dict.fromkeys(note for p in plans for note in p.notes)),
         )
 
 
+def named(targets: Sequence[TargetSpec], source: Checkpoint) -> list[TargetSpec]:
+    """The targets with their files' names filled in. UsageError if two are one then."""
+    preset = preset_of(source.config)
+    values = {"preset": preset.name if preset else name_of(source.opened), "arch": ARCHITECTURES[source.arch.spec.model_type]}
+    found = [target.named(values) for target in targets]
+    paths = [target.path for target in found if target.path is not None]
+    if len(set(paths)) < len(paths):
+        raise UsageError(f"two targets are {next(path for path in paths if paths.count(path) > 1)}.", hint="Write {type} into the name.")
+    return found
+
+
 def _described(target: TargetSpec, plan: Plan) -> dict[str, object]:
-    tensors = sum(1 for file in plan.files for piece in file.pieces if piece.digested)
-    return {
+    count = sum(1 for file in plan.files for piece in file.pieces if piece.digested)
+    said: dict[str, object] = {
         "to": target.to, "path": str(target.path) if target.path else None, "files": len(plan.files) + len(plan.marks), "bytes": plan.size,
-        "tensors": tensors, "plan_id": plan.id,
+        "tensors": count, "tensor_count": count, "plan_id": plan.id,
     }  # fmt: skip
+    if isinstance(plan, GgufPlan):
+        said["bits_per_weight"] = plan.bits_per_weight
+        said["tensors"] = [
+            {"name": t.tensor.name, "type": t.kind.name, "shape": list(t.tensor.ne[::-1]), "bytes": t.size, "why": t.why} for t in plan.tensors
+        ]
+    return said
 
 
 def bytes_read(source: Checkpoint, plans: Sequence[Plan]) -> int:
@@ -231,7 +318,8 @@ def bytes_read(source: Checkpoint, plans: Sequence[Plan]) -> int:
 
 def balance(source: Checkpoint, plans: Sequence[Plan], ranks: int) -> list[dict[str, int]]:
     """Jobs and bytes of each rank, if all are equally fast: each takes the next job of the queue when it has finished its last."""
-    sizes = [made.files[number].size for made in plans for number in by_source(made.files, source)]
+    parts = [parts_of(made.files) for made in plans]
+    sizes = [every[number].size for every in parts for number in by_source(every, source)]
     heap = [(0, rank, 0) for rank in range(ranks)]
     for size in sizes:
         done, rank, jobs = heapq.heappop(heap)
@@ -241,8 +329,9 @@ def balance(source: Checkpoint, plans: Sequence[Plan], ranks: int) -> list[dict[
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion made."""
+    """What a conversion made: for each of `targets` an outcome."""
 
+    targets: list[TargetSpec]
     outcomes: list[Outcome]
     source: Mapping[str, object]
     tensors: int
@@ -272,6 +361,7 @@ def convert(
     if not specs or any(spec.path is None for spec in specs):
         raise UsageError("every target needs a folder.")
     with options.open(src) as source:
+        specs = named(specs, source)
         plans = plan_targets(source, specs, options)
         made = _engine_targets(specs, plans)
         refuse_sources(source, made)
@@ -284,7 +374,7 @@ def convert(
         )  # fmt: skip
         facts = {"path": str(source.path), "format": source.format, "model_type": source.arch.spec.model_type}
         notes = [*dict.fromkeys(note for p in plans for note in p.notes), *_nonfinite(outcomes)]
-        return Converted(outcomes, facts, len(source), len(source.opened.dropped), notes, has.workers)
+        return Converted(specs, outcomes, facts, len(source), len(source.opened.dropped), notes, has.workers)
 
 
 def refuse_sources(source: Checkpoint, targets: Sequence[Target]) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glmconv.codecs import CODECS, codec_of
 from glmconv.codecs.codec import Codec
 from glmconv.engine.journal import folder_of_file
-from glmconv.errors import UsageError
+from glmconv.errors import UsageError, printable
 from glmconv.formats import FORMATS
 from glmconv.formats.gguf_mix import mix_named
 
 SPELLINGS = {"huggingface": "hf", "safetensors": "hf", "megatron": "torch_dist", "torch-dist": "torch_dist"}
 GGUF = "gguf"  # the format whose outputs are files
 QUANTIZED = "hf"  # the format that quantized targets are written in
+FIELD = re.compile(r"\{([^{}]*)\}")  # of a GGUF file's name: filled in from the source, the type at once
+FIELDS = ("preset", "arch", "type")
+NOT_IN_A_NAME = re.compile(r"[^\w.+-]+")
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,20 @@ class TargetSpec:
         """The mix of a GGUF target."""
         return self.to.partition(":")[2] if self.format == GGUF else ""
 
+    def named(self, values: Mapping[str, str]) -> TargetSpec:
+        """With a GGUF file's name filled in; what is filled in can lead to no other folder."""
+        if self.path is None or self.format != GGUF:
+            return self
+        return replace(self, path=self.path.with_name(FIELD.sub(lambda field: _plain(values, field), self.path.name)))
+
     @property
     def root(self) -> Path | None:
         """The folder of the output: that it is, or the one beside a file."""
         return folder_of_file(self.path) if self.path and self.format == GGUF else self.path
+
+
+def _plain(values: Mapping[str, str], field: re.Match[str]) -> str:
+    return NOT_IN_A_NAME.sub("-", values[field[1]]) if field[1] in values else field[0]
 
 
 def known() -> str:
@@ -64,7 +78,11 @@ def parse_target(to: str, path: Path | None) -> TargetSpec:
         mix = mix_named(target.file_type)
         if path is not None and (path.suffix.lower() != ".gguf" or path.stem in ("", ".gguf")):
             raise UsageError(f"--to {to}: {path} is no name of a GGUF file.", hint=f"Write --to {to}=NAME.gguf.")
-        return TargetSpec(f"{GGUF}:{mix.name}", path)
+        unknown = [name for name in FIELD.findall(path.name) if name not in FIELDS] if path else []
+        if unknown:
+            fields = ", ".join(f"{{{name}}}" for name in FIELDS)
+            raise UsageError(f"--to {to}: {{{printable(unknown[0])}}} means nothing in a file's name.", hint=f"What is filled in: {fields}.")
+        return TargetSpec(f"{GGUF}:{mix.name}", path).named({"type": mix.name})
     return target
 
 

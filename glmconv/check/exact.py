@@ -11,9 +11,9 @@ from queue import SimpleQueue
 from glmconv.check.verify import Damage, ManifestCheck, verify_output
 from glmconv.checkpoint import Checkpoint
 from glmconv.engine.files import Disk
-from glmconv.engine.jobs import fill_file
+from glmconv.engine.jobs import fill_part
 from glmconv.engine.manifest import Manifest, load_manifest
-from glmconv.engine.plan import OutputFile, Plan
+from glmconv.engine.plan import Plan, Stretch, parts_of
 from glmconv.engine.stream import Buffer, Stream
 from glmconv.errors import Interrupted, SourceError
 
@@ -51,21 +51,21 @@ def verify_exact(
     for _ in range(workers):
         buffers.put(Buffer(CHUNK))
 
-    def again(file: OutputFile) -> list[Damage]:
+    def again(part: Stretch) -> list[Damage]:
         buffer = buffers.get()
         try:
-            return _again(source, file, manifest, buffer, progress, stop)
+            return _again(source, part, manifest, buffer, progress, stop)
         finally:
             buffers.put(buffer)
 
     with ThreadPoolExecutor(workers) as pool:
-        for damages in pool.map(again, plan.files):
+        for damages in pool.map(again, parts_of(plan.files)):
             result.damages += damages
     return result
 
 
 def _again(
-    source: Checkpoint, file: OutputFile, manifest: Manifest, buffer: Buffer,
+    source: Checkpoint, part: Stretch, manifest: Manifest, buffer: Buffer,
     progress: Callable[[int], None] | None, stop: threading.Event | None,
 ) -> list[Damage]:  # fmt: skip
     def wrote(size: int) -> None:
@@ -74,9 +74,13 @@ def _again(
         if progress:
             progress(size)
 
-    stream = Stream(Nowhere(), -1, buffer, wrote)
-    tensors = fill_file(file, source, stream, buffer, {})
-    if stream.finish() == manifest.files[file.name].sha256:
+    stream = Stream(Nowhere(), -1, buffer, wrote, part.start)
+    tensors = fill_part(part, source, stream, buffer, {})
+    digest, whole = stream.finish(), manifest.files.get(part.name)
+    if whole is not None and digest == whole.sha256:
         return []
-    wrong = [name for name, made in tensors.items() if made.sha256 != manifest.tensors[name].sha256]
-    return [Damage(file.name, "is not what its source gives", name) for name in wrong] or [Damage(file.name, "is not what its source gives")]
+    name = part.name.partition("//")[0]
+    wrong = [
+        Damage(name, "is not what its source gives", tensor) for tensor, made in tensors.items() if made.sha256 != manifest.tensors[tensor].sha256
+    ]
+    return wrong if wrong or whole is None else [Damage(name, "is not what its source gives")]

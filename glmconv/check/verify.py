@@ -19,6 +19,7 @@ from glmconv.engine.journal import BESIDE, final_path, folder_of_file
 from glmconv.engine.manifest import Manifest, load_manifest
 from glmconv.errors import Interrupted, SourceError
 from glmconv.formats import FORMATS
+from glmconv.formats.gguf_split import whole_name
 
 BLOCK = 4 << 20
 MANIFEST = "glmconv_manifest.json"
@@ -79,8 +80,12 @@ def verify_output(
 
 def output_root(path: str | Path) -> Path:
     """The folder of an output, by its path: of one that is a file the folder beside it. SourceError if there is none."""
-    beside = folder_of_file(Path(path))
-    return beside if os.path.isfile(path) and os.path.isdir(beside) else manifest_root(resolve(path))
+    file = Path(path)
+    for name in dict.fromkeys((file.name, whole_name(file.name))):  # of one of several files it has the name of them all
+        beside = folder_of_file(file.with_name(name)) if name else file
+        if os.path.isfile(path) and os.path.isdir(beside):
+            return beside
+    return manifest_root(resolve(path))
 
 
 def manifest_root(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,13 +11,17 @@ from glmconv.cli.options import output_of, output_options, run_options
 from glmconv.cli.output import Output, human
 from glmconv.cli.plan import show_plan
 
+if TYPE_CHECKING:
+    from glmconv.engine.run import Outcome
+
 EPILOG = """\b
 Examples:
   glmconv convert zai-org/GLM-4.5 /models/glm45 --to torch_dist
   glmconv convert /models/glm45 /models/glm45-hf --to hf
   glmconv convert /models/glm45 /models/glm45-fp8 --to fp8
   glmconv convert SRC --to torch_dist=DIR --to fp8:ue8m0=DIR2
-  glmconv convert /models/glm45 GLM-4.5-Q4_K_M.gguf --to gguf:Q4_K_M
+  glmconv convert /models/glm45 GLM-4.5-Q4_K_M.gguf --to gguf:Q4_K_M --imatrix imatrix.gguf --split-max-size 48GB
+  glmconv convert /models/glm45 'GLM-{preset}-{type}.gguf' --to gguf:Q8_0 --to gguf:Q4_K_M
   torchrun --nnodes 2 --nproc-per-node 8 ... -m glmconv convert SRC DST --to torch_dist
 """
 
@@ -63,11 +68,12 @@ def command(ctx: click.Context, /, src: str, dst: Path | None, to: tuple[str, ..
         out.note(f"note: {note}")
     if this_rank() != 0:
         return 0  # rank 0 speaks for all
-    verified = _verify(out, src, [target.path for target in targets if target.path and target.readable], check, done.workers, chosen)
+    readable = [written(made) for target, made in zip(done.targets, done.outcomes, strict=True) if target.readable and not options.mtp_only]
+    verified = _verify(out, src, readable, check, done.workers, chosen)
     if out.json:
         out.json_data(_summary(done, verified))
     else:
-        _print(out, src, targets, done, verified)
+        _print(out, src, done, verified)
     return 0
 
 
@@ -94,7 +100,7 @@ def _summary(done: object, verified: dict[str, object]) -> dict[str, object]:
     targets = [
         {
             "to": o.target.plan.to,
-            "path": str(o.target.path),
+            "path": str(written(o)),
             "plan_id": o.target.plan.id,
             "bytes": o.target.plan.size,
             "files_written": o.files_written,
@@ -109,7 +115,12 @@ def _summary(done: object, verified: dict[str, object]) -> dict[str, object]:
     return {"source": dict(done.source), "tensors": done.tensors, "dropped": done.dropped, "targets": targets, "notes": done.notes, **verified}
 
 
-def _print(out: Output, src: str, targets: object, done: object, verified: dict[str, object]) -> None:
+def written(outcome: Outcome) -> Path:
+    """What a loader is given: the folder, or the file, of several the first."""
+    return (*outcome.target.outside, outcome.target.root)[0]
+
+
+def _print(out: Output, src: str, done: object, verified: dict[str, object]) -> None:
     from glmconv.convert import Converted
 
     assert isinstance(done, Converted)
@@ -118,12 +129,12 @@ def _print(out: Output, src: str, targets: object, done: object, verified: dict[
         if outcome.moved_aside:
             out.data(f"what was there is now {outcome.moved_aside}")
         if outcome.already_done:
-            out.data(f"{outcome.target.path}: already done ({plan.to}, {human(plan.size)}); nothing was written")
+            out.data(f"{written(outcome)}: already done ({plan.to}, {human(plan.size)}); nothing was written")
             continue
         kept = f", {outcome.files_kept} of them kept from before" if outcome.files_kept else ""
         files = len(plan.files) + len(plan.marks)
         count = f"{files} {'file' if files == 1 else 'files'}{kept}"
-        out.data(f"{outcome.target.path}: {plan.to}, {done.tensors:,} tensors, {count}, {human(plan.size)}")
+        out.data(f"{written(outcome)}: {plan.to}, {done.tensors:,} tensors, {count}, {human(plan.size)}")
     if done.dropped:
         out.data(f"{done.dropped:,} MTP tensors left out (--mtp drop)")
     counts = verified.get("verified")
@@ -133,7 +144,7 @@ def _print(out: Output, src: str, targets: object, done: object, verified: dict[
         out.data(f"read back: {lost}{exact:,} tensors are bit-identical")
     first = done.outcomes[0]
     if first.target.outside:
-        out.note(f"next: glmconv verify {src} {first.target.path} --exact   or   llama-cli -m {first.target.path}")
+        out.note(f"next: glmconv verify {src} {written(first)} --exact   or   llama-cli -m {written(first)}")
         return
     other = "hf" if first.target.plan.to == "torch_dist" else "torch_dist"
     out.note(f"next: glmconv verify {src} {first.target.root}   or   glmconv convert {first.target.root} DST --to {other}")

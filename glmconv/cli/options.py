@@ -74,7 +74,9 @@ def output_of(ctx: click.Context) -> Output:
 
 RUN_OPTIONS = (
     "to", "file_size", "max_memory", "workers", "resume", "resume_check", "overwrite", "mtp", "origin", "iteration", "keep", "first_layers_bf16",
-    "last_layers_bf16", "ragged", "serve_tp", "serve_ep", "nonfinite", "megatron_dialect", "source_dialect", "mtp_from", "mmproj",
+    "last_layers_bf16", "ragged", "serve_tp", "serve_ep", "nonfinite", "megatron_dialect", "source_dialect", "mtp_from", "mmproj", "imatrix",
+    "tensor_types",
+    "token_embedding_type", "output_tensor_type", "pure", "split_max_size", "split_max_tensors", "embed_source", "quantize_from",
 )  # fmt: skip
 
 
@@ -117,7 +119,9 @@ def run_options(command: F) -> F:
             "--resume-check", type=click.Choice(["full", "sampled"]), default="full", show_default=True, help="How finished files are checked."
         ),
         click.option("--overwrite", is_flag=True, help="Move what is at the destination aside (DST.bak-N) and start anew. Deletes nothing."),
-        click.option("--mtp", type=click.Choice(["keep", "drop"]), default="keep", show_default=True, help="The multi-token prediction layer."),
+        click.option(
+            "--mtp", type=click.Choice(["keep", "drop", "only"]), default="keep", show_default=True, help="The MTP layers; only is for GGUF."
+        ),
         click.option("--origin", metavar="DIR|ID", help="The Hugging Face release of a torch_dist checkpoint: config, tokenizer, file layout."),
         click.option(
             "--megatron-dialect", type=click.Choice(DIALECTS), default="auto", show_default=True, help="torch_dist: whose names and row orders."
@@ -139,6 +143,32 @@ def run_options(command: F) -> F:
             "--nonfinite", type=click.Choice(["error", "keep"]), default="error", show_default=True, help="NaN and Inf in a weight to be quantized."
         ),
         click.option("--iteration", type=click.IntRange(0, 9_999_999), help="torch_dist: write iter_N instead of release."),
+    ):
+        command = option(command)
+    return gguf_options(command)
+
+
+imatrix_option = click.option("--imatrix", metavar="FILE", type=click.Path(), help="GGUF: llama.cpp's importance file, of either form.")
+
+
+def gguf_options(command: F) -> F:
+    """Options of GGUF targets, called as llama-quantize and llama-gguf-split call theirs."""
+    for option in (
+        imatrix_option,
+        click.option("--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", help="GGUF: the type of the tensors in whose name it is."),
+        click.option("--token-embedding-type", default="", metavar="TYPE", help="GGUF: the type of token_embd.weight."),
+        click.option("--output-tensor-type", default="", metavar="TYPE", help="GGUF: the type of output.weight."),
+        click.option("--pure", is_flag=True, help="GGUF: every tensor gets the file type's base type."),
+        click.option("--split-max-size", type=Bytes(), help="GGUF: several files, each with so many bytes of tensors at most."),
+        click.option("--split-max-tensors", type=click.IntRange(min=1), help="GGUF: several files, each with so many tensors at most."),
+        click.option("--embed-source", is_flag=True, help="GGUF: config.json, tokenizer files and the shards' layout ride along, for the way back."),
+        click.option(
+            "--quantize-from",
+            type=click.Choice(["bf16", "float32"]),
+            default="bf16",
+            show_default=True,
+            help="GGUF of a quantized source: through what.",
+        ),
     ):
         command = option(command)
     return command

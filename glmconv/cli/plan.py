@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from glmconv.cli.options import RUN_OPTIONS, output_of, output_options, run_options, spelled
-from glmconv.cli.output import human, table
+from glmconv.cli.output import Output, human, table
 from glmconv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,8 +50,11 @@ def show_plan(ctx: click.Context, src: str, dst: Path | None, to: tuple[str, ...
     if out.json:
         out.json_data(summary)
         return 0
-    rows = [(str(t["to"]), str(t["path"] or "-"), f"{t['files']:,}", human(float(str(t["bytes"]))), f"{t['tensors']:,}") for t in summary.targets]
+    rows = [(str(t["to"]), str(t["path"] or "-"), f"{t['files']:,}", human(int(str(t["bytes"]))), f"{t['tensor_count']:,}") for t in summary.targets]
     out.data(table(rows, ("to", "path", "files", "bytes", "tensors")))
+    for target in summary.targets:
+        if isinstance(target["tensors"], list):
+            show_types(out, str(target["to"]), target["tensors"], float(str(target["bits_per_weight"])))
     moved = f"read {human(summary.bytes_read)}, write {human(summary.bytes_written)} in {summary.jobs:,} jobs"
     out.data(f"{moved}; disk needed {human(summary.disk_needed)}, peak memory {human(summary.peak_memory)} a rank")
     if len(summary.ranks) > 1:
@@ -64,3 +68,16 @@ def show_plan(ctx: click.Context, src: str, dst: Path | None, to: tuple[str, ...
     words = [src, *([str(dst)] if dst else [] if all("=" in text for text in to) else ["DST"]), *spelled(ctx, RUN_OPTIONS)]
     out.note(f"next: glmconv convert {shlex.join(words)}")
     return 0
+
+
+def show_types(out: Output, to: str, tensors: Sequence[Mapping[str, object]], bits: float) -> None:
+    """The types of a GGUF target's tensors: how many of each, how many bytes, why; with -v each tensor's."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for tensor in tensors:
+        groups.setdefault((str(tensor["type"]), str(tensor["why"])), []).append(int(str(tensor["bytes"])))
+    largest_first = sorted(groups.items(), key=lambda item: (-sum(item[1]), item[0]))
+    out.data(f"{to}: {bits:.2f} bits per weight")
+    out.data(table([(kind, f"{len(sizes):,}", human(sum(sizes)), why) for (kind, why), sizes in largest_first], ("type", "tensors", "bytes", "why")))
+    if out.verbose:
+        rows = [(str(t["name"]), str(t["type"]), str(t["shape"]), human(int(str(t["bytes"]))), str(t["why"])) for t in tensors]
+        out.data(table(rows, ("tensor", "type", "shape", "bytes", "why")))

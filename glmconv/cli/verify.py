@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from glmconv.cli.options import output_of, output_options, reading_options
+from glmconv.cli.options import imatrix_option, output_of, output_options, reading_options
 from glmconv.cli.output import Output, human, say
 from glmconv.errors import ExitCode, UsageError, printable
 
@@ -38,11 +38,12 @@ Examples:
 @reading_options[2]
 @click.option("--max-rmse", type=click.FloatRange(min=0, min_open=True), help="Bound on a quantized tensor's relative RMSE; default: its codec's.")
 @click.option("--exact", is_flag=True, help="Convert A again without writing and compare every byte with B, an output of glmconv.")
+@imatrix_option
 @output_options
 @click.pass_context
 def command(
     ctx: click.Context, a: str, b: str | None, workers: int, origin: str | None, mtp: str, source_dialect: str, mtp_from: str | None,
-    mmproj: str | None, max_rmse: float | None, exact: bool,
+    mmproj: str | None, max_rmse: float | None, exact: bool, imatrix: str | None,
 ) -> int:  # fmt: skip
     """Compare checkpoints A and B bit by bit, whatever their formats; or A alone with its own manifest, every byte.
 
@@ -56,12 +57,14 @@ def command(
     out = output_of(ctx)
     if exact and b is None:
         raise UsageError("--exact needs the source too: glmconv verify SRC OUT --exact.")
+    if imatrix is not None and not exact:
+        raise UsageError("--imatrix goes with --exact: it is what B was made with.")
     downloaded(a, b)
     with stoppable() as stop, out.bar("verify") as (started, progress):
         if b is None or exact:
             options = Options(origin=origin, mtp=mtp != "drop", source_dialect=source_dialect, mtp_from=mtp_from, mmproj=mmproj)
             check = (
-                _exact(options, a, b, workers, started, progress, stop)
+                _exact(options, a, b, workers, started, progress, stop, imatrix)
                 if b
                 else verify_output(a, workers=workers, started=started, progress=progress, stop=stop)
             )
@@ -89,14 +92,15 @@ def command(
 
 
 def _exact(
-    options: Options, src: str, output: str, workers: int, started: Callable[[int], None], progress: Callable[[int], None], stop: Stop
-) -> ManifestCheck:
+    options: Options, src: str, output: str, workers: int, started: Callable[[int], None], progress: Callable[[int], None], stop: Stop,
+    imatrix: str | None,
+) -> ManifestCheck:  # fmt: skip
     from glmconv.check.exact import verify_exact
     from glmconv.convert import plan_again
 
     with options.open(src) as source:
         return verify_exact(
-            source, output, lambda manifest: plan_again(source, manifest.to, manifest.options), workers=workers, started=started,
+            source, output, lambda manifest: plan_again(source, manifest.to, manifest.options, imatrix=imatrix), workers=workers, started=started,
             progress=progress, stop=stop,
         )  # fmt: skip
 

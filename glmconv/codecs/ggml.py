@@ -16,9 +16,11 @@ Bytes are llama.cpp's own (libggml 0.25.3), with an importance matrix and withou
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,18 +81,35 @@ def row_size(kind: GgmlType, columns: int) -> int:
     return columns // kind.block * kind.size
 
 
+class StoredImportance(Protocol):
+    """An importance that is read when a tensor is begun: of all a model's tensors together it is a gigabyte."""
+
+    @property
+    def id(self) -> str:
+        """What decides its values."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(slices, columns)"""
+
+    def read(self) -> NDArray[np.float32]:
+        """[slices, columns], finite. SourceError if that is not what is stored."""
+
+
 @dataclass(frozen=True, eq=False)
 class GgmlEncoder:
     """Rows of `dtype` to blocks of `kind`, which go out as they are made.
 
     importance: float32 [columns], or [slices, columns] for as many equal slices of the rows (a stack's experts), finite; None for none
+    first:      the row of the weight with which the rows given begin, where it is stored in several pieces; `shape` is the whole weight's
     """
 
     kind: GgmlType
     shape: tuple[int, int]
     dtype: DType
-    importance: Array | None = field(default=None, repr=False)
+    importance: Array | StoredImportance | None = field(default=None, repr=False)
     strict: bool = True
+    first: int = 0
     unit: int = 1
     looks: bool = False
 
@@ -104,15 +123,20 @@ class GgmlEncoder:
             slices = given[0] if len(given) == 2 else 1
             if given not in ((columns,), (slices, columns)) or not slices or rows % slices:
                 raise SourceError(f"has an importance of {list(given)} for a weight of {list(self.shape)}.")
-            if not np.isfinite(self.importance).all():
+            if isinstance(self.importance, np.ndarray) and not np.isfinite(self.importance).all():
                 raise SourceError("has an importance that is NaN or infinite.", hint="Is the importance matrix damaged?")
 
-    @cached_property
+    @property
+    def heeds(self) -> bool:
+        """Whether there is an importance, and it changes what is made."""
+        return self.importance is not None and self.kind.name in WEIGHTED
+
     def weights(self) -> NDArray[np.float32]:
         """The importance, [slices, columns]; [0, 0] if there is none that the type heeds."""
-        if self.importance is None or self.kind.name not in WEIGHTED:
+        if self.importance is None or not self.heeds:
             return np.empty((0, 0), np.float32)
-        return np.ascontiguousarray(self.importance, np.float32).reshape(-1, self.shape[1])
+        found = self.importance if isinstance(self.importance, np.ndarray) else self.importance.read()
+        return np.ascontiguousarray(found, np.float32).reshape(-1, self.shape[1])
 
     @property
     def row_bytes(self) -> int:
@@ -120,20 +144,32 @@ class GgmlEncoder:
 
     @cached_property
     def id(self) -> str:
-        weighted = f" with importance {hashlib.sha256(raw(self.weights)).hexdigest()}" if self.weights.size else ""
-        slices = f" for each of {len(self.weights)} slices" if len(self.weights) > 1 else ""
-        return f"ggml {self.kind.name} of {self.dtype}{weighted}{slices}"
+        made = f"ggml {self.kind.name} of {self.dtype}"
+        if self.importance is None or not self.heeds:
+            return made
+        made += f" from row {self.first}" if self.first else ""
+        if not isinstance(self.importance, np.ndarray):
+            return f"{made} with importance {self.importance.id}"
+        weights = self.weights()
+        slices = f" for each of {len(weights)} slices" if len(weights) > 1 else ""
+        return f"{made} with importance {hashlib.sha256(raw(weights)).hexdigest()}{slices}"
+
+    @property
+    def held(self) -> int:
+        """Bytes that encoding holds beside the engine's buffers."""
+        return 4 * (max(STRIP, self.shape[1]) + (math.prod(self.importance.shape) if self.importance is not None and self.heeds else 0))
 
     def begin(self, lend: Callable[[int], memoryview]) -> GgmlEncoding:
-        return GgmlEncoding(self, np.frombuffer(lend(max(STRIP, self.shape[1]) * 4), np.float32))
+        return GgmlEncoding(self, np.frombuffer(lend(max(STRIP, self.shape[1]) * 4), np.float32), self.weights())
 
 
 @dataclass
 class GgmlEncoding:
-    """At work: `wide` holds a strip of rows as float32."""
+    """At work: `wide` holds a strip of rows as float32, `weights` the importance as `GgmlEncoder.weights` gives it."""
 
     encoder: GgmlEncoder
     wide: NDArray[np.float32]
+    weights: NDArray[np.float32]
 
     def look(self, rows: memoryview) -> int:
         return -1
@@ -146,6 +182,7 @@ class GgmlEncoding:
         from glmconv.kernels.nonfinite import first_nonfinite
 
         kind = self.encoder.kind
+        start += self.encoder.first
         weight = values(rows, self.encoder.dtype, self.encoder.shape[1])
         blocks = np.frombuffer(out, np.uint8).reshape(len(weight), -1)
         bad = first_nonfinite(rows, self.encoder.dtype.name)
@@ -161,7 +198,7 @@ class GgmlEncoding:
     def _strips(self, start: int, count: int) -> Iterator[tuple[slice, NDArray[np.float32] | None]]:
         """Slices of the rows given, each with its importance."""
         rows, columns = self.encoder.shape
-        weights = self.encoder.weights
+        weights = self.weights
         tall = rows // len(weights) if weights.size else rows
         at = 0
         while at < count:

@@ -24,6 +24,7 @@ T = TypeVar("T")
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 NO_NOREPLACE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_ALLOCATE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 HASH_CHUNK = 1 << 20
 
 
@@ -84,18 +85,50 @@ class Destination:
 
     def staged(self, path: Path, write: Callable[[int], T]) -> T:
         """Let `write(fd)` fill a new staged file and make it durable; once more from the start if the first sync fails."""
+        return self._synced(path, lambda: self._staged_once(path, write))
+
+    def in_place(self, name: str, size: int, write: Callable[[int], T]) -> T:
+        """Let `write(fd)` fill its part of a staged file of `size` bytes that many runs share, durably; once more if the first sync fails."""
+        return self._synced(self.layout.shared(name), lambda: self._in_place_once(name, size, write))
+
+    def _synced(self, path: Path, attempt: Callable[[], T]) -> T:
         try:
-            return self._staged_once(path, write)
+            return attempt()
         except SyncFailed as first:
             if first.error.errno in FULL:
                 raise first.error from None
             self.log(f"{path}: {first.error.strerror} while it was made durable; writing it once more")
         try:
-            return self._staged_once(path, write)
+            return attempt()
         except SyncFailed as second:
             raise OutputError(
                 f"cannot be made durable: {second.error.strerror}.", file=path, hint="Check the disk, then run the same command again."
             ) from second.error
+
+    def _in_place_once(self, name: str, size: int, write: Callable[[int], T]) -> T:
+        path = self.layout.shared(name)
+        fd = self.disk.open_shared(path)
+        try:
+            there = self.disk.status_of(fd)
+            if not there.regular or there.size > size or (there.links > 1 and not self._is(self.layout.final(name), there)):
+                raise DestinationError("is in the way of a file of this output.", file=path, hint="Remove it, and run the same command again.")
+            if there.size < size:
+                self._allocate(fd, size)
+            self.disk.sync_folder(path.parent)  # a record must never outlive the name of what it speaks of
+            result = write(fd)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.disk.close(fd)
+            raise
+        self._sync_and_close(fd)
+        return result
+
+    def _allocate(self, fd: int, size: int) -> None:
+        try:
+            self.disk.allocate(fd, size)
+        except OSError as error:
+            if error.errno not in NO_ALLOCATE:
+                raise
 
     def stage(self, path: Path, content: bytes) -> Path:
         """A durable staged file with `content`."""
@@ -119,6 +152,13 @@ class Destination:
         self.disk.rename(staged, self.layout.record(record.name))
         self._forget(staged)
         self.disk.sync_folder(self.layout.journal)
+
+    def retract(self, name: str) -> None:
+        """Take a record back, durably, before what it speaks of is written again: a kill must not leave it with bytes that no sync has seen."""
+        if self.has_record(name):
+            with contextlib.suppress(FileNotFoundError):
+                self.disk.unlink(self.layout.record(name))
+            self.disk.sync_folder(self.layout.journal)
 
     def has_record(self, name: str) -> bool:
         return self.exists(self.layout.record(name))

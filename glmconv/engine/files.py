@@ -42,6 +42,22 @@ class Disk:
         """A new file, opened for writing and reading; FileExistsError if the name is taken, whatever it is. Mode 0666 less the umask."""
         return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
+    def open_shared(self, path: Path) -> int:
+        """The file for writing and reading, made if it is not there, kept as it is if it is. A symlink is an OSError (ELOOP)."""
+        return os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+
+    def allocate(self, fd: int, size: int) -> None:
+        """Reserve the file's `size` bytes, those that are there unchanged: OSError(ENOSPC) now and not hours later.
+
+        Not `posix_fallocate`, which writes zeros where the filesystem has no such thing, perhaps over what another node has just written.
+        """
+        libc = ctypes.CDLL(None, use_errno=True)
+        if not hasattr(libc, "fallocate64"):
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        if libc.fallocate64(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
     def write(self, fd: int, data: memoryview | bytes, offset: int) -> int:
         """One `pwrite`; returns how many bytes it took, which may be fewer than given."""
         return os.pwrite(fd, data, offset)

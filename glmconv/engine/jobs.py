@@ -1,27 +1,46 @@
-"""One job writes one output file: header and pieces stream through one buffer, hashed while they are hot in the cache, written once."""
+"""One job writes one output file, or a section of one: its pieces stream through one buffer, hashed while they are hot in the cache, written once."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from glmconv.encoding import Encoding
 from glmconv.engine.commit import Destination, hash_of
 from glmconv.engine.journal import Record, StoredTensor, load_record
-from glmconv.engine.plan import OutputFile, RowSource
+from glmconv.engine.plan import OutputFile, RowSource, Stretch, placed
 from glmconv.engine.rows import copy_rows, encode_rows
 from glmconv.engine.stream import Buffer, Stream
 from glmconv.errors import GlmconvError, SourceError
+
+
+class Work(Protocol):
+    """What a worker takes from the queue."""
+
+    @property
+    def destination(self) -> Destination: ...
+    @property
+    def part(self) -> Stretch: ...
+    @property
+    def file(self) -> OutputFile: ...
+    def is_done(self, buffer: Buffer, check: Callable[[], None], *, hashed: bool = True) -> bool: ...
+    def write(
+        self, source: RowSource, buffer: Buffer, wrote: Callable[[int], None], check: Callable[[], None], nonfinite: dict[str, int]
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
 class Job:
     """One output file of one destination."""
 
-    number: int
     destination: Destination
     file: OutputFile
+
+    @property
+    def part(self) -> Stretch:
+        return self.file
 
     def is_done(self, buffer: Buffer, check: Callable[[], None], *, hashed: bool = True) -> bool:
         """Whether the journal has it and the file still is what the record says, durably: by size, and by sha256 if `hashed`."""
@@ -65,8 +84,8 @@ class Job:
                 wrote(-out)
                 out = 0
             stream = Stream(to.disk, fd, buffer, count)
-            tensors = fill_file(file, source, stream, buffer, nonfinite)
-            return Record(to.plan.id, file.name, stream.size, stream.finish(), tensors)
+            tensors = fill_part(file, source, stream, buffer, nonfinite)
+            return Record(to.plan.id, file.name, stream.at, stream.finish(), tensors)
 
         record = to.staged(staged, fill)
         source.check_unchanged()
@@ -76,12 +95,12 @@ class Job:
         to.drop(staged)
 
 
-def fill_file(file: OutputFile, source: RowSource, stream: Stream, buffer: Buffer, nonfinite: dict[str, int]) -> dict[str, StoredTensor]:
-    """Header and pieces of `file` into `stream`; what is known of its tensors then."""
-    stream.put(file.header)
+def fill_part(part: Stretch, source: RowSource, stream: Stream, buffer: Buffer, nonfinite: dict[str, int]) -> dict[str, StoredTensor]:
+    """Header and pieces of a file, or of a section of one, into `stream`; what is known of its tensors then."""
+    stream.put(part.header)
     tensors = {}
     encoding: Encoding | None = None
-    for at, piece in file.layout():
+    for at, piece in placed(part):
         before = piece.frame.before() if piece.frame else b""
         stream.put(before)
         stream.begin(piece)
@@ -96,8 +115,8 @@ def fill_file(file: OutputFile, source: RowSource, stream: Stream, buffer: Buffe
         digest, crc = stream.end()
         if piece.frame:
             stream.put(piece.frame.after(crc))
-        if stream.size != at + piece.size:
-            raise GlmconvError(f"came to {stream.size - at:,} bytes, the plan says {piece.size:,}.", file=file.name, tensor=piece.name)
+        if stream.at != at + piece.size:
+            raise GlmconvError(f"came to {stream.at - at:,} bytes, the plan says {piece.size:,}.", file=part.name, tensor=piece.name)
         if piece.digested:
             tensors[piece.name] = StoredTensor(piece.dtype, piece.shape, digest, at + len(before))
     return tensors

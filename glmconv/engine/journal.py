@@ -2,7 +2,7 @@
 
     OUT/.glmconv/plan.json                 the claim: this folder belongs to one plan
     OUT/.glmconv/<plan id>.tmp/            staged files
-    OUT/.glmconv/<plan id>.journal/        a record per finished file
+    OUT/.glmconv/<plan id>.journal/        a record per finished file, and per section of those that are written in sections
 
 An output that is a file, not a folder, has such a folder of its own beside it, and its files' names in the plan begin with `../`:
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmconv.engine.files import Disk
-from glmconv.engine.plan import OutputFile, Plan, canonical_json, sha256
+from glmconv.engine.plan import Plan, Stretch, canonical_json, sha256
 from glmconv.errors import SourceError, printable
 from glmconv.strict_json import parse
 
@@ -35,6 +35,7 @@ CLAIM_LIMIT = 1 << 28
 RECORD_LIMIT = 1 << 28
 SEAL = re.compile(rb'\{"digest":"([0-9a-f]{64})",')
 HEX = re.compile(r"[0-9a-f]{64}")
+SHARED = "shared"  # in the place of a run's id, which is hexadecimal
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class Layout:
 
     def staged(self, name: str, run_id: str) -> Path:
         return self.staging / f"{flat(name)}.{run_id}.part"
+
+    def shared(self, name: str) -> Path:
+        """Where a file is staged that is written in sections, by whichever runs."""
+        return self.staged(name, SHARED)
 
     def staged_record(self, name: str, run_id: str) -> Path:
         """`%r` cannot come out of `flat`, so no file's staged name is another's record's."""
@@ -188,7 +193,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Record:
-    """One finished file, durable under its final name when the record is."""
+    """One finished file, durable under its final name when the record is; or one section, durable in the staged file."""
 
     plan_id: str
     name: str
@@ -202,8 +207,8 @@ class Record:
         return sealed({**fixed, "tensors": tensors})
 
 
-def load_record(disk: Disk, layout: Layout, file: OutputFile) -> Record | None:
-    """The record of `file`, None if there is none. SourceError if it is damaged or speaks of something else than the plan."""
+def load_record(disk: Disk, layout: Layout, file: Stretch) -> Record | None:
+    """The record of a file or a section of one, None if there is none. SourceError if it is damaged or speaks of something else than the plan."""
     path = layout.record(file.name)
     try:
         content = read_whole(disk, path, RECORD_LIMIT)

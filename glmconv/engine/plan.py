@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from itertools import pairwise
+from typing import ClassVar, Protocol
 
 from glmconv.encoding import Encoder
 
@@ -75,11 +76,37 @@ class Piece:
         return self.payload + framed
 
 
+class Stretch(Protocol):
+    """Bytes that one job writes, one after another: a file, or a section of one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def start(self) -> int:
+        """Its first byte's offset in the file."""
+
+    @property
+    def header(self) -> bytes: ...
+    @property
+    def pieces(self) -> tuple[Piece, ...]: ...
+    @property
+    def size(self) -> int: ...
+
+
+def placed(part: Stretch) -> Iterator[tuple[int, Piece]]:
+    """Each piece with the offset of its first byte in the file (its frame's, if it has one)."""
+    at = part.start + len(part.header)
+    for piece in part.pieces:
+        yield at, piece
+        at += piece.size
+
+
 @dataclass(frozen=True)
-class OutputFile:
-    """One file of the output and the job that writes it: header, then the pieces one after another. `name` is relative, `/` separates one folder."""
+class Section:
+    """Consecutive pieces of a file that is too large for one job. The first section begins with the file's header. `name` is no file's."""
 
     name: str
+    start: int
     header: bytes
     pieces: tuple[Piece, ...]
 
@@ -87,23 +114,60 @@ class OutputFile:
     def size(self) -> int:
         return len(self.header) + sum(piece.size for piece in self.pieces)
 
-    def layout(self) -> Iterator[tuple[int, Piece]]:
-        """Each piece with the offset of its first byte (its frame's, if it has one)."""
-        at = len(self.header)
-        for piece in self.pieces:
-            yield at, piece
-            at += piece.size
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One file of the output: header, then the pieces one after another. `name` is relative, `/` separates one folder.
+
+    One job writes it, or one each of its sections: `cuts` are the numbers of the pieces with which a section begins, the first left out.
+    `last`: loaders look for this file first, so that it gets its name when all others have theirs.
+    """
+
+    name: str
+    header: bytes
+    pieces: tuple[Piece, ...]
+    cuts: tuple[int, ...] = ()
+    last: bool = False
+    start: ClassVar[int] = 0
+
+    @cached_property
+    def size(self) -> int:
+        return len(self.header) + sum(piece.size for piece in self.pieces)
+
+    @cached_property
+    def sections(self) -> tuple[Section, ...]:
+        """None if the file is written and named at once."""
+        if not self.cuts and not self.last:
+            return ()
+        found: list[Section] = []
+        at = 0
+        for number, (first, end) in enumerate(pairwise((0, *self.cuts, len(self.pieces)))):
+            found.append(Section(f"{self.name}//{number}", at, b"" if number else self.header, self.pieces[first:end]))
+            at += found[-1].size
+        return tuple(found)
 
     @cached_property
     def digest(self) -> str:
         """Of the header and of what goes where; equal digests mean equal bytes from equal sources."""
         state = hashlib.sha256(self.header)
-        for at, p in self.layout():
+        for at, p in placed(self):
             runs = [[r.tensor, r.start, r.rows] for r in p.runs]
             made = [p.encoder.id, p.encoder.strict, p.part] if p.encoder else []
             frame = type(p.frame).__name__
             state.update(canonical_json([at, p.name, p.dtype, list(p.shape), p.payload, runs, sha256(p.literal), list(p.equals), frame, *made]))
         return state.hexdigest()
+
+
+def in_sections(name: str, header: bytes, pieces: Sequence[Piece], size: int, *, last: bool = False) -> OutputFile:
+    """A file in sections of about `size` bytes, as far as its pieces allow; whole if it is no larger. Pieces of one encoder stay together."""
+    cuts: list[int] = []
+    filled, begun = len(header), 0
+    for number, piece in enumerate(pieces):
+        if filled and filled + piece.size > size and piece.runs and number > begun:
+            cuts.append(number)
+            filled, begun = 0, number
+        filled += piece.size
+    return OutputFile(name, header, tuple(pieces), tuple(cuts), last)
 
 
 @dataclass(frozen=True)
@@ -162,12 +226,21 @@ class RowSource(Protocol):
         """Raise SourceError if a source file's size, mtime or inode is not what it was when opened."""
 
 
-def by_source(files: Sequence[OutputFile], source: RowSource) -> list[int]:
-    """The numbers of the files, in the order in which their input lies in the source."""
+def by_source(parts: Sequence[Stretch], source: RowSource) -> list[int]:
+    """The numbers of files or sections, in the order in which their input lies in the source; sections of one file stay in the file's order."""
+    places = [place_of(part, source) for part in parts]
+    for number in reversed(range(len(parts) - 1)):
+        if parts[number + 1].start:  # the next section of the same file: not before this one
+            places[number] = min(places[number], places[number + 1])
+    return sorted(range(len(parts)), key=lambda number: (places[number], number))
 
-    def place(number: int) -> tuple[int, int, int]:
-        runs = (run for piece in files[number].pieces for run in piece.runs)
-        first = next(runs, None)
-        return (*source.place(first.tensor), number) if first else (-1, 0, number)
 
-    return sorted(range(len(files)), key=place)
+def place_of(part: Stretch, source: RowSource) -> tuple[int, int]:
+    """Where the first of its rows lies."""
+    first = next((run for piece in part.pieces for run in piece.runs), None)
+    return source.place(first.tensor) if first else (-1, 0)
+
+
+def parts_of(files: Sequence[OutputFile]) -> list[OutputFile | Section]:
+    """What each job writes: a file, or a section of one."""
+    return [part for file in files for part in (file.sections or (file,))]

@@ -183,8 +183,8 @@ def missing_bytes(target: Target, disk: Disk) -> int:
     """Bytes of the files that the journal does not list, or that are not as large as they should be."""
     layout = Layout(target.root, target.plan.id)
     small = sum(len(m.content) for m in target.plan.marks if not has_size(layout.final(m.name), len(m.content), disk))
-    files = (f.size for f in target.plan.files if not (present(layout.record(f.name), disk) and has_size(layout.final(f.name), f.size, disk)))
-    return small + sum(files)
+    missing = (f for f in target.plan.files if not (present(layout.record(f.name), disk) and has_size(layout.final(f.name), f.size, disk)))
+    return small + sum(f.size for f in missing if not (f.sections and has_size(layout.shared(f.name), f.size, disk)))  # those are reserved whole
 
 
 def has_size(path: Path, size: int, disk: Disk) -> bool:

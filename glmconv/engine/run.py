@@ -13,12 +13,13 @@ from pathlib import Path
 
 from glmconv.engine.commit import FULL, Destination
 from glmconv.engine.files import Disk
-from glmconv.engine.jobs import Job
+from glmconv.engine.jobs import Job, Work
 from glmconv.engine.journal import MANIFEST, Record, claimed_by, load_record
 from glmconv.engine.manifest import manifest_of
-from glmconv.engine.plan import OutputFile, RowSource, sha256
+from glmconv.engine.plan import RowSource, Stretch, by_source, sha256
 from glmconv.engine.preflight import State, Target, is_finished, preflight, present, resolved, state_of
 from glmconv.engine.queue import JobQueue, StoreQueue, open_queue
+from glmconv.engine.sections import SectionJob, SharedFile
 from glmconv.engine.stream import Buffer
 from glmconv.errors import DestinationError, Interrupted, OutputError, SourceError
 
@@ -53,15 +54,25 @@ class Place:
     to: Destination
     done: bool
     moved_aside: Path | None = None
-    written: list[OutputFile] = field(default_factory=list)
-    kept: int = 0
+    shared: list[SharedFile] = field(default_factory=list)
+    written: dict[str, int] = field(default_factory=dict)  # bytes of each file
+    kept: set[str] = field(default_factory=set)  # files that were there, or parts of them
     nonfinite: dict[str, int] = field(default_factory=dict)
 
     @property
     def outcome(self) -> Outcome:
-        size = sum(file.size for file in self.written)
-        root = self.target.root
-        return Outcome(self.target, len(self.written), self.kept, size, self.done, root / MANIFEST, self.moved_aside, self.nonfinite)
+        size, root, kept = sum(self.written.values()), self.target.root, len(self.kept - self.written.keys())
+        return Outcome(self.target, len(self.written), kept, size, self.done, root / MANIFEST, self.moved_aside, self.nonfinite)
+
+    def works(self) -> Iterator[Work]:
+        """A job for each file, or for each section of one."""
+        for file in self.target.plan.files:
+            if not file.sections:
+                yield Job(self.to, file)
+                continue
+            shared = SharedFile(self.to, file)
+            self.shared.append(shared)
+            yield from (SectionJob(shared, section, number) for number, section in enumerate(file.sections))
 
 
 def run(
@@ -124,16 +135,12 @@ def _silent_count(count: int) -> None:
     pass
 
 
-def ordered_jobs(places: Sequence[Place], source: RowSource) -> tuple[list[Job], list[Place]]:
+def ordered_jobs(places: Sequence[Place], source: RowSource) -> tuple[list[Work], list[Place]]:
     """The jobs of all targets in the order in which their input lies, so that targets share what the page cache holds; and whose each is."""
-    found = []
-    for number, place in enumerate(places):
-        for n, file in enumerate(place.target.plan.files):
-            first = next((run for piece in file.pieces for run in piece.runs), None)
-            found.append((source.place(first.tensor) if first else (-1, 0), number, n, file))
-    found.sort(key=lambda entry: entry[:3])
-    jobs = [Job(at, places[number].to, file) for at, (_, number, _, file) in enumerate(found)]
-    return jobs, [places[number] for _, number, _, _ in found]
+    found = [(work, place) for place in places for work in place.works()]
+    parts: list[Stretch] = [work.part for work, _ in found]
+    order = by_source(parts, source)
+    return [found[number][0] for number in order], [found[number][1] for number in order]
 
 
 @dataclass
@@ -141,7 +148,7 @@ class Crew:
     """The workers of one process and what they share."""
 
     places: Sequence[Place]
-    jobs: Sequence[Job]
+    jobs: Sequence[Work]
     owners: Sequence[Place]
     source: RowSource
     queue: JobQueue
@@ -238,13 +245,13 @@ class Crew:
         job, place = self.jobs[number], self.owners[number]
         hashed = self.full_check or number % SAMPLED == 0
         if place.done or job.is_done(buffer, self.beat, hashed=hashed):
-            self.progress(job.file.size)
+            self.progress(job.part.size)
             with self.lock:
-                place.kept += 1
+                place.kept.add(job.file.name)
         else:
             job.write(self.source, buffer, self.progress, self.beat, place.nonfinite)
             with self.lock:
-                place.written.append(job.file)
+                place.written[job.file.name] = place.written.get(job.file.name, 0) + job.part.size
         if self.store:
             self.store.report(number)
 
@@ -270,7 +277,7 @@ class Crew:
     def recorded(self, number: int) -> bool:
         job = self.jobs[number]
         try:
-            return self.owners[number].done or load_record(job.destination.disk, job.destination.layout, job.file) is not None
+            return self.owners[number].done or load_record(job.destination.disk, job.destination.layout, job.part) is not None
         except (SourceError, OSError):
             return False
 
@@ -283,6 +290,8 @@ class Crew:
                 make_durable(place.to.disk, place.target.root)
                 continue
             self.check()
+            for shared in sorted(place.shared, key=lambda shared: shared.file.last):
+                shared.finish(Buffer(self.chunk_size), self.beat)
             finish_place(place.to)
         if self.store:
             self.store.leave(self.stall, POLL_SECONDS, self.stop or threading.Event())
@@ -302,9 +311,10 @@ class Crew:
     def explanation(self, error: OSError) -> Exception:
         roots = ", ".join(str(place.target.root) for place in self.places if not place.done)
         done = sum(self.recorded(n) for n in range(len(self.jobs)))
-        state = f"{done} of {len(self.jobs)} files are done"
+        noun = "parts" if any(place.shared for place in self.places) else "files"
+        state = f"{done} of {len(self.jobs)} {noun} are done"
         if error.errno in FULL:
-            left = sum(job.file.size for n, job in enumerate(self.jobs) if not self.recorded(n))
+            left = sum(job.part.size for n, job in enumerate(self.jobs) if not self.recorded(n))
             needed = f"{left:,} bytes more are needed; {state}"
             return OutputError(f"is full: {needed}.", file=roots, hint="Free the space and run the same command again.")
         place = error.filename or roots

@@ -55,18 +55,19 @@ def aligned(size: int) -> memoryview:
 
 
 class Stream:
-    """Bytes on their way into one staged file: gathered in the buffer, so that thousands of small pieces are one write."""
+    """Bytes on their way into one staged file, from `start` on: gathered in the buffer, so that thousands of small pieces are one write."""
 
-    def __init__(self, disk: Disk, fd: int, buffer: Buffer, wrote: Callable[[int], None]) -> None:
+    def __init__(self, disk: Disk, fd: int, buffer: Buffer, wrote: Callable[[int], None], start: int = 0) -> None:
         self._disk, self._fd, self._buffer, self._wrote = disk, fd, buffer, wrote
         self._file = hashlib.sha256()
         self._piece: hashlib._Hash | None = None
         self._crc: int | None = None
-        self._filled = self._absorbed = self._offset = 0
+        self._filled = self._absorbed = 0
+        self._offset = start
 
     @property
-    def size(self) -> int:
-        """Bytes so far, the buffered ones included."""
+    def at(self) -> int:
+        """The offset in the file behind the bytes so far, the buffered ones included."""
         return self._offset + self._filled
 
     def begin(self, piece: Piece) -> None:
@@ -112,7 +113,7 @@ class Stream:
         self._filled = self._absorbed = 0
 
     def finish(self) -> str:
-        """Write the rest; the whole file's sha256."""
+        """Write the rest; the sha256 of all bytes."""
         self.flush()
         return self._file.hexdigest()
 

@@ -12,6 +12,7 @@ from glmconv.codecs.codec import Codec
 from glmconv.dtypes import DType
 from glmconv.engine.inputs import InputFile, InputFolder
 from glmconv.engine.plan import Plan
+from glmconv.formats.gguf_options import GgufOptions
 from glmconv.formats.gguf_types import Entry
 from glmconv.formats.selection import QuantOptions
 
@@ -126,6 +127,7 @@ class LayoutOptions:
     apart: str = ""  # file for the MTP layers, where the release's layout is not known
     file_type: str = ""  # GGUF: the mix
     name: str = "model.gguf"  # GGUF: of the file
+    gguf: GgufOptions = field(default_factory=GgufOptions)
     codec: Codec | None = None  # how linear weights are encoded; None: not at all
     quant: QuantOptions = field(default_factory=QuantOptions)
 

@@ -6,13 +6,17 @@ values are held.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glmconv.engine.inputs import InputFile
+from glmconv.engine.inputs import InputFile, InputFolder
 from glmconv.errors import SourceError
 from glmconv.formats.gguf_header import MAGIC, NAME_LONGEST, GgufHeader, read_header
 from glmconv.formats.gguf_metadata import ImportanceOrigin
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 
 ENTRIES = 32_768
 DATASET_LONGEST = 4096
+BLOCK = 4 << 20  # bytes hashed at a time
 SUMS, COUNTS = ".in_sum2", ".counts"
 EMBEDDING = "token_embd.weight"
 AGAIN = "Is it cut off? Make or download it again."
@@ -45,18 +50,35 @@ class StoredSums:
 
 @dataclass(frozen=True)
 class Importance:
-    """An importance file. `entries` are by the weight's GGUF name."""
+    """An importance file. `entries` are by the weight's GGUF name; `name` is the file's own, without its folder."""
 
     file: InputFile
     entries: Mapping[str, StoredSums]
     dataset: str
     chunks: int
+    name: str = ""
 
-    def values(self, name: str, slices: int, columns: int) -> NDArray[np.float32] | None:
-        """[slices, columns] float32, one row per expert or head; None if the file has no entry for this weight.
+    @cached_property
+    def digest(self) -> str:
+        """The file's sha256."""
+        state = hashlib.sha256()
+        for at in range(0, self.file.size, BLOCK):
+            state.update(self.file.read(at, min(BLOCK, self.file.size - at)))
+        self.file.check_unchanged()
+        return state.hexdigest()
 
-        A slice that was never used counts 1.0 throughout. SourceError for another size, or for a value that is not finite or below 0.
-        """
+    @cached_property
+    def unused(self) -> Mapping[str, int]:
+        """Weight -> how many of its slices were never used, where some were not. Reads every value once: SourceError as of `values`."""
+        found = {}
+        for name, stored in self.entries.items():
+            self._read(name, stored)
+            if stored.counts is not None and (idle := sum(count == 0 for count in self._counts(name, stored.counts, stored.parts).flat)):
+                found[name] = idle
+        return found
+
+    def of(self, name: str, slices: int, columns: int) -> WeightImportance | None:
+        """A weight's values, not yet read: one row per expert or head. None if the file has no entry for it, SourceError for another size."""
         stored = self.entries.get(name)
         if stored is None:
             return None
@@ -65,16 +87,32 @@ class Importance:
                 return None
             what = f"has {stored.parts} x {stored.columns:,} values for a weight of {slices} x {columns:,}."
             raise SourceError(what, file=self.file.path, tensor=name, hint="Was it made from this model?")
-        return self._read(name, stored).reshape(slices, columns)
+        return WeightImportance(self, name, (slices, columns))
+
+    def values(self, name: str, slices: int, columns: int) -> NDArray[np.float32] | None:
+        """[slices, columns] float32, as `of` has them.
+
+        A slice that was never used counts 1.0 throughout. SourceError for another size, or for a value that is not finite or below 0.
+        """
+        found = self.of(name, slices, columns)
+        return None if found is None else found.read()
 
     def check(self) -> None:
         """Read every value once. SourceError as of `values`."""
-        for name, stored in self.entries.items():
-            self._read(name, stored)
+        self.unused  # noqa: B018 - reads all
 
     def origin(self, path: str) -> ImportanceOrigin:
-        """What a file that is quantized with it says of it; `path` as the user gave it."""
+        """What a file that is quantized with it says of it; `path` as it is to be named there."""
         return ImportanceOrigin(path, self.dataset, len(self.entries), self.chunks)
+
+    def _counts(self, name: str, offset: int, parts: int) -> NDArray[np.float32]:
+        """[parts, 1]"""
+        import numpy as np
+
+        counts = np.frombuffer(self.file.read(offset, 4 * parts), "<f4")[:, None]
+        if not np.isfinite(counts).all() or (counts < 0).any():
+            raise SourceError("has a count that is not finite or below 0.", file=self.file.path, tensor=name)
+        return counts
 
     def _read(self, name: str, stored: StoredSums) -> NDArray[np.float32]:
         import numpy as np
@@ -84,14 +122,42 @@ class Importance:
         if stored.counts is None:
             values = sums / np.float32(stored.calls) if stored.calls else sums
         else:
-            counts = np.frombuffer(self.file.read(stored.counts, 4 * stored.parts), "<f4")[:, None]
-            if not np.isfinite(counts).all() or (counts < 0).any():
-                raise SourceError("has a count that is not finite or below 0.", file=self.file.path, tensor=name)
+            counts = self._counts(name, stored.counts, stored.parts)
             with np.errstate(all="ignore"):
                 values = np.where(counts > 0, sums / counts, np.float32(1))
         if not np.isfinite(values).all() or (values < 0).any():
             raise SourceError("has a value that is not finite or below 0.", file=self.file.path, tensor=name, hint="Make it again from other text.")
         return values.astype(np.float32, copy=False)
+
+
+@dataclass(frozen=True)
+class WeightImportance:
+    """The values of one weight, read when they are needed; an encoder's `StoredImportance`. `shape` is (slices, columns)."""
+
+    source: Importance
+    name: str
+    shape: tuple[int, int]
+
+    @property
+    def id(self) -> str:
+        return f"of {self.name} in {self.source.digest}"
+
+    def read(self) -> NDArray[np.float32]:
+        """SourceError for a value that is not finite or below 0, or if the file is not the one that was opened any more."""
+        values = self.source._read(self.name, self.source.entries[self.name])
+        self.source.file.check_unchanged()
+        return values.reshape(self.shape)
+
+
+def open_importance(path: Path) -> Importance:
+    """The importance file of this path, each of its values checked. SourceError says what is wrong with it.
+
+    Links on the way are followed: the user named this file. It stays open as long as the result is held.
+    """
+    real = Path(os.path.realpath(path))
+    found = replace(read_importance(InputFolder(real.parent).open(real.name)), name=path.name)
+    found.check()
+    return found
 
 
 def read_importance(file: InputFile) -> Importance:

@@ -1,48 +1,104 @@
-"""Plans a GGUF file: header, then each tensor's bytes in llama-quantize's order, encoded as its mix says, padded to the alignment."""
+"""Plans a GGUF target: header, then each tensor's bytes in llama-quantize's order, encoded as its mix says, padded; in one file or in several."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from glmconv.archs import Model, preset_of
-from glmconv.codecs.ggml import TYPES, GgmlEncoder, GgmlType, row_size
-from glmconv.dtypes import BY_NAME
+from glmconv.codecs.ggml import TYPES, WEIGHTED, GgmlType
 from glmconv.engine.journal import BESIDE
-from glmconv.engine.plan import OutputFile, Piece, Plan, Run
-from glmconv.errors import UnsupportedError
+from glmconv.engine.plan import OutputFile, Plan, in_sections
+from glmconv.errors import SourceError, UnsupportedError
 from glmconv.formats.format import LayoutOptions, Opened, RowReader
-from glmconv.formats.gguf_header import padded, write_header
-from glmconv.formats.gguf_metadata import ARCHITECTURES, metadata, quantized
-from glmconv.formats.gguf_mix import Choice, Facts, Tensor, choose, mix_named
-from glmconv.formats.gguf_rows import AS_STORED, DECAY, FLOAT32, turned
-from glmconv.formats.gguf_stored import GgufRows, StoredBlocks, stored_as
-from glmconv.formats.gguf_tensors import GGUFTensor, Transform, gguf_tensors
+from glmconv.formats.gguf_embed import embedded_source
+from glmconv.formats.gguf_header import data_size, padded, write_header
+from glmconv.formats.gguf_imatrix import Importance
+from glmconv.formats.gguf_metadata import ARCHITECTURES, SOURCE, metadata, quantized
+from glmconv.formats.gguf_mix import Facts, Tensor, choose, mix_named
+from glmconv.formats.gguf_options import GgufOptions
+from glmconv.formats.gguf_pieces import SECTION, stored
+from glmconv.formats.gguf_split import groups, split_entries, split_name
+from glmconv.formats.gguf_tensors import GGUFTensor, gguf_tensors, layer_of
 from glmconv.formats.gguf_types import Entry
 
 APPENDED = ("general.quantization_version", "general.file_type")
+IMATRIX = "quantize.imatrix."
 COMMIT = re.compile(r"[0-9a-f]{40}")
-FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "README.md")
+SHARED = ("token_embd.weight", "output_norm.weight", "output.weight")  # what a file of the MTP layers alone has beside them
 
 
-def plan(opened: Opened, options: LayoutOptions) -> Plan:
-    """One file, beside the folder of its own. UnsupportedError for what no encoder makes."""
-    mix = mix_named(options.file_type)
+@dataclass(frozen=True)
+class Planned:
+    """A tensor of the file, the type that it is stored in, and why that one."""
+
+    tensor: GGUFTensor
+    kind: GgmlType
+    why: str
+    needs_imatrix: bool = False
+
+    @property
+    def size(self) -> int:
+        return data_size(self.kind, self.tensor.ne)
+
+    @property
+    def described(self) -> tuple[str, GgmlType, tuple[int, ...]]:
+        return self.tensor.name, self.kind, self.tensor.ne
+
+
+@dataclass(frozen=True)
+class GgufPlan(Plan):
+    """A plan that can say of each tensor what it becomes."""
+
+    tensors: tuple[Planned, ...] = field(default=(), compare=False)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * sum(planned.size for planned in self.tensors) / sum(math.prod(planned.tensor.ne) for planned in self.tensors)
+
+
+def plan(opened: Opened, options: LayoutOptions) -> GgufPlan:
+    """The files, beside the folder of their own. UnsupportedError for what no encoder makes, UsageError for options that mean nothing."""
+    told, mix = options.gguf, mix_named(options.file_type)
+    planned = types(opened, told, mix.name)
+    refuse_unaided(planned, mix.name, told.importance)
+    kv = entries(opened, told) + quantized(mix.name, told.importance.origin(told.importance.name) if told.importance else None)
+    embedded, left = embedded_source(opened, kv, len(planned)) if told.embed_source else ([], [])
+    files = output_files(planned, kv + embedded, opened.tensors, options)
+    chosen: dict[str, object] = {"mtp": options.mtp, "name": options.name, **told.document}
+    said = (*opened.notes, *notes(opened, planned, told), *left)
+    return GgufPlan(f"gguf:{mix.name}", chosen, opened.fingerprint, files, (), said, tuple(planned))
+
+
+def types(opened: Opened, told: GgufOptions, file_type: str) -> list[Planned]:
+    """Every tensor of the target with its type."""
     tensors = gguf_tensors(opened.model, opened.tensors)
-    given = [Tensor(tensor.name, tensor.ne, tensor.dtype) for tensor in tensors]
-    choices = choose(mix.name, given, facts_of(opened.model))
-    described = [(tensor.name, TYPES[choice.type], tensor.ne) for tensor, choice in zip(tensors, choices, strict=True)]
-    refuse_unaided(tensors, choices, mix.name)
-    kv = entries(opened) + quantized(mix.name)
-    pieces: list[Piece] = []
-    for tensor, (_, kind, _) in zip(tensors, described, strict=True):
-        pieces += stored(tensor, kind, opened.tensors)
-    file = OutputFile(BESIDE + options.name, write_header(kv, described), tuple(pieces))
-    chosen: dict[str, object] = {"mtp": options.mtp, "name": options.name}
-    return Plan(f"gguf:{mix.name}", chosen, opened.fingerprint, (file,), (), (*opened.notes, *notes(opened, described, choices)))
+    if told.mtp_only:
+        tensors = mtp_alone(tensors, opened.model)
+    choices = choose(
+        file_type,
+        [Tensor(tensor.name, tensor.ne, tensor.dtype) for tensor in tensors],
+        facts_of(opened.model),
+        imatrix=told.importance is not None,
+        entries=told.importance.entries if told.importance else (),
+        overrides=told.overrides,
+        token_embedding_type=told.token_embedding_type,
+        output_tensor_type=told.output_tensor_type,
+        pure=told.pure,
+    )
+    return [Planned(tensor, TYPES[choice.type], choice.why, choice.needs_imatrix) for tensor, choice in zip(tensors, choices, strict=True)]
+
+
+def mtp_alone(tensors: Sequence[GGUFTensor], model: Model) -> list[GGUFTensor]:
+    """The MTP layers, and what of the model they are run with. SourceError if there are none."""
+    layers = set(model.layers.get("mtp", ()))
+    if not layers:
+        raise SourceError("has no MTP layer, so --mtp only leaves nothing.", hint="--mtp-from takes it from another checkpoint.")
+    return [tensor for tensor in tensors if tensor.name in SHARED or layer_of(tensor.name) in layers]
 
 
 def name_of(opened: Opened) -> str:
@@ -51,9 +107,10 @@ def name_of(opened: Opened) -> str:
     return preset.hub.rpartition("/")[2] if preset and COMMIT.fullmatch(opened.path.name) else opened.path.name
 
 
-def entries(opened: Opened) -> list[Entry]:
+def entries(opened: Opened, told: GgufOptions) -> list[Entry]:
     """The keys before those that a quantizer appends: of a GGUF source its own, but for the architecture's if MTP layers were dropped or added."""
-    kept = [entry for entry in opened.entries if entry.key not in APPENDED]
+    again = (*APPENDED, *((IMATRIX,) if told.importance else ()), *((SOURCE,) if told.embed_source else ()))
+    kept = [entry for entry in opened.entries if not entry.key.startswith(again)]
     if kept and not opened.dropped and "mtp_from" not in opened.fingerprint:
         return kept
     made = metadata(opened.model, opened.config, side_bytes(opened), name_of(opened))
@@ -70,12 +127,19 @@ def facts_of(model: Model) -> Facts:
     return Facts(ARCHITECTURES[model.spec.model_type], s["layers"] + nextn, nextn, s.get("experts", 0), s["heads"], kv_heads)
 
 
-def refuse_unaided(tensors: Sequence[GGUFTensor], choices: Sequence[Choice], file_type: str) -> None:
-    for tensor, choice in zip(tensors, choices, strict=True):
-        if choice.needs_imatrix:
+def refuse_unaided(planned: Sequence[Planned], file_type: str, importance: Importance | None) -> None:
+    """UnsupportedError for a tensor of a type that is not made without importance data, and of which there are none."""
+    for each in planned:
+        name = each.tensor.name
+        if each.needs_imatrix and importance is None:
             raise UnsupportedError(
-                f"{tensor.name} would be {choice.type}, which needs an importance matrix; gguf:{file_type} is not written without one.",
-                hint="Take Q2_K, a larger k-quant or IQ4_XS.",
+                f"{name} would be {each.kind}, which needs an importance matrix; gguf:{file_type} is not written without one.",
+                hint="Pass --imatrix FILE, or take Q2_K, a larger k-quant or IQ4_XS.",
+            )
+        if each.needs_imatrix and importance is not None and name not in importance.entries:
+            raise UnsupportedError(
+                f"{name} would be {each.kind}, which needs importance data, and {importance.name} has none for it.",
+                hint=f"Give it another type: --tensor-type '{re.escape(name)}=q4_k'.",
             )
 
 
@@ -90,48 +154,59 @@ def side_bytes(opened: Opened) -> dict[str, bytes]:
     return found
 
 
-def stored(tensor: GGUFTensor, kind: GgmlType, readers: Mapping[str, RowReader]) -> Iterator[Piece]:
-    """The tensor's piece and its padding. What a GGUF source stores in this type passes byte for byte."""
-    columns, rows = tensor.ne[0], math.prod(tensor.ne[1:])
-    wide = any(isinstance(readers[run.tensor], GgufRows) for run in tensor.runs)
-    source = BY_NAME["float32"] if wide or tensor.transform is Transform.NEGATIVE_EXPONENTIAL else readers[tensor.runs[0].tensor].dtype
-    runs = tuple(engine_run(tensor, run.tensor, run.first, run.rows, readers, FLOAT32 if wide else "") for run in tensor.runs)
-    if len(tensor.ne) == 1:
-        columns, rows = 1, tensor.ne[0]
-    size = rows * row_size(kind, columns)
-    dtype = FLOATS.get(kind.name, "uint8")
-    shape = tensor.ne[::-1] if kind.name in FLOATS else (rows, row_size(kind, columns))
-    same = dtype == source.name
-    if already := stored_already(tensor, kind, readers):
-        runs, same = (Run(f"{AS_STORED}{tensor.name}:{tensor.runs[0].tensor}", 0, already.shape[0]),), True
-    encoder = None if same else GgmlEncoder(kind, (rows, columns), source, strict=kind.name not in FLOATS)
-    yield Piece(tensor.name, dtype, shape, size, runs, encoder=encoder)
-    if gap := padded(size) - size:
-        yield Piece(f"padding of {tensor.name}", "uint8", (gap,), gap, literal=bytes(gap), digested=False)
+def output_files(planned: Sequence[Planned], kv: Sequence[Entry], readers: Mapping[str, RowReader], options: LayoutOptions) -> tuple[OutputFile, ...]:
+    """One file with all, or as many as the options ask for: the first has all keys, and each says which it is."""
+    told = options.gguf
+    split = told.split_max_size is not None or told.split_max_tensors is not None
+    parts = groups([each.size for each in planned], told) if split else [range(len(planned))]
+    files = []
+    for number, part in enumerate(parts):
+        keys = [*(kv if number == 0 else ()), *(split_entries(number, len(parts), len(planned)) if split else ())]
+        inside = [planned[at] for at in part]
+        name = split_name(options.name, number, len(parts)) if split else options.name
+        header = write_header(keys, [each.described for each in inside])
+        pieces = [piece for each in inside for piece in stored(each.tensor, each.kind, readers, told)]
+        files.append(in_sections(BESIDE + name, header, pieces, SECTION, last=split and number == 0))
+    return tuple(files)
 
 
-def stored_already(tensor: GGUFTensor, kind: GgmlType, readers: Mapping[str, RowReader]) -> StoredBlocks | None:
-    """The tensor of a GGUF source that is of this type already."""
-    found = stored_as([readers[run.tensor] for run in tensor.runs], tensor.name)
-    return StoredBlocks(found) if found and found.tensor.type == kind else None
-
-
-def engine_run(tensor: GGUFTensor, name: str, first: int, rows: int, readers: Mapping[str, RowReader], prefix: str) -> Run:
-    """Rows as the engine asks for them: of a matrix that is transposed its columns."""
-    if tensor.transform is Transform.TRANSPOSED:
-        return Run(turned(prefix + name, first, rows), 0, readers[name].shape[1])
-    return Run((DECAY if tensor.transform is Transform.NEGATIVE_EXPONENTIAL else prefix) + name, first, rows)
-
-
-def notes(opened: Opened, described: Sequence[tuple[str, GgmlType, Sequence[int]]], choices: Sequence[Choice]) -> Iterator[str]:
-    """Bits per weight and types; what fell back; what a language model's file leaves out."""
-    bits = 8 * sum(math.prod(ne) // kind.block * kind.size for _, kind, ne in described)
-    counts = Counter(kind.name for _, kind, _ in described)
-    weights = sum(math.prod(ne) for _, _, ne in described)
-    yield f"{bits / weights:.2f} bits per weight: " + ", ".join(f"{count:,} {name}" for name, count in counts.most_common())
-    fallen = Counter(choice.why for choice in choices if choice.why.startswith(("fallback", "no importance")))
+def notes(opened: Opened, planned: Sequence[Planned], told: GgufOptions) -> Iterator[str]:
+    """Bits per weight and types; what fell back; what has no importance; what the file leaves out."""
+    counts = Counter(each.kind.name for each in planned)
+    bits = 8 * sum(each.size for each in planned) / sum(math.prod(each.tensor.ne) for each in planned)
+    yield f"{bits:.2f} bits per weight: " + ", ".join(f"{count:,} {name}" for name, count in counts.most_common())
+    fallen = Counter(each.why for each in planned if each.why.startswith(("fallback", "no importance")))
     for why, count in fallen.items():
         yield f"{count:,} of the tensors: {why}"
+    if told.importance:
+        yield from importance_notes(planned, told.importance, opened.model.layers.get("mtp", ()))
+    if told.split_max_size is not None and (large := [each.tensor.name for each in planned if padded(each.size) > told.split_max_size]):
+        yield f"{len(large):,} tensors are larger than --split-max-size and lie in a file of their own: {listed(large)}"
+    if told.mtp_only:
+        yield "the file holds the MTP layers alone; it drafts for a file of the whole model"
     tower = sum("visual." in name for name in opened.tensors)
     if tower:
         yield f"the {tower:,} tensors of the vision tower are not part of a language model's GGUF; mmproj files are not written yet"
+
+
+def importance_notes(planned: Sequence[Planned], importance: Importance, mtp: Collection[int]) -> Iterator[str]:
+    """What of the tensors that an importance matrix would change has no data there, and what it has data of that is not here."""
+    names = {each.tensor.name for each in planned}
+    heeding = [each.tensor.name for each in planned if each.kind.name in WEIGHTED]
+    without = [name for name in heeding if name not in importance.entries]
+    usual = [name for name in without if layer_of(name) < 0 or layer_of(name) in mtp]  # nobody measures the inputs of these
+    if odd := [name for name in without if name not in usual]:
+        yield f"{importance.name} has no entry for {len(odd):,} of the {len(heeding):,} tensors that it could change: {listed(odd)}"
+    if usual:
+        yield f"{importance.name} has no entry for {len(usual):,} tensors of MTP layers, embedding and head, as usual: {listed(usual)}"
+    idle = {name: count for name, count in importance.unused.items() if name in names}
+    if idle:
+        yield f"{sum(idle.values()):,} experts of {len(idle):,} tensors have no data in {importance.name}; all their columns count alike"
+    foreign = [name for name in importance.entries if name not in names]
+    if foreign:
+        yield f"{len(foreign):,} of the {len(importance.entries):,} entries of {importance.name} belong to no tensor here: {listed(foreign)}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,4 +1,4 @@
-"""Rows of canonical tensors that a GGUF file stores otherwise: a matrix transposed, a decay as llama.cpp computes with it."""
+"""Rows of canonical tensors that a GGUF file takes otherwise: a matrix transposed, a decay as llama.cpp computes with it, all in float32."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from glmconv.dtypes import BY_NAME, DType
+from glmconv.formats.coded import CodedRows
 from glmconv.formats.format import RowReader, row_size
 from glmconv.formats.gguf_stored import GgufRows, StoredBlocks, stored_as
+from glmconv.formats.widen import Widened
 
 TURNED = "turned:"  # turned:FIRST:ROWS:NAME is a matrix, ROWS rows of a canonical tensor from FIRST on, transposed
+FLOAT32 = "float32:"  # of a quantized tensor what its codes say, before that is rounded; any other one widened
 DECAY = "decay:"  # -exp(x) of a canonical tensor, in float32
-FLOAT32 = "float32:"  # of a GGUF source what its codes say, before that is rounded
 AS_STORED = "stored:"  # stored:GGUF:NAME is the tensor of that name in the GGUF file that the canonical tensor is read from, byte by byte
 
 
@@ -81,8 +83,10 @@ def gguf_derived(tensors: Mapping[str, RowReader], name: str) -> RowReader | Non
         first, rows, name = name.removeprefix(TURNED).split(":", 2)
         return Turned(gguf_derived(tensors, name) or tensors[name], int(first), int(rows))
     if name.startswith(FLOAT32):
-        reader = tensors[name.removeprefix(FLOAT32)]
-        return reader.widened() if isinstance(reader, GgufRows) else reader
+        reader, wide = tensors[name.removeprefix(FLOAT32)], BY_NAME["float32"]
+        if isinstance(reader, CodedRows | GgufRows):
+            return reader.widened()
+        return reader if reader.dtype == wide else Widened(reader, wide)
     if name.startswith(DECAY):
         return Decay(tensors[name.removeprefix(DECAY)])
     if name.startswith(AS_STORED):

@@ -27,9 +27,20 @@ class Inode:
     pending: list[Change] = field(default_factory=list)
     data: bytearray = field(default_factory=bytearray)
     durable: bytes = b""
-    poisoned: bool = False  # a sync failed: what was dirty then will never be durable
+    dirty: list[tuple[int, int]] = field(default_factory=list)  # written since the last sync; one that fails leaves these clean, and not durable
     mtime: int = 0
     links: int = 1
+
+    def reachable(self) -> bytes:
+        """What the disk would hold if all that is dirty were written now."""
+        if self.dirty == [(0, len(self.data))]:
+            return bytes(self.data)
+        content = bytearray(self.durable)
+        for begin, end in self.dirty:
+            if len(content) < end:
+                content.extend(bytes(end - len(content)))
+            content[begin:end] = self.data[begin:end]
+        return bytes(content)
 
 
 @dataclass(eq=False, slots=True)
@@ -63,7 +74,7 @@ def choices(rng: random.Random, outcome: str) -> tuple[KeepData, KeepName]:
 
     def torn(inode: Inode) -> bytes:
         """Each sector as it was or as it is; the length up to the last sector that was taken, or the whole."""
-        new = inode.data
+        new = inode.reachable()
         content = bytearray(inode.durable.ljust(len(new), b"\0"))
         for at in range(0, len(new), SECTOR):
             if rng.random() < 0.5:
@@ -89,7 +100,7 @@ def choices(rng: random.Random, outcome: str) -> tuple[KeepData, KeepName]:
 
 
 def all_data(inode: Inode) -> bytes:
-    return inode.durable if inode.poisoned else bytes(inode.data)
+    return inode.reachable()
 
 
 def no_data(inode: Inode) -> bytes:
@@ -115,7 +126,7 @@ class Survivor:
             copy.links += 1
             return copy
         if inode.names is None:
-            content = self.keep_data(inode) if inode.poisoned or inode.durable != inode.data else inode.durable
+            content = self.keep_data(inode) if inode.durable != inode.data else inode.durable
             copy = self.copies[inode] = Inode(inode.number, data=bytearray(content), durable=content, mtime=inode.mtime)
             return copy
         names = dict(inode.durable_names)
@@ -149,7 +160,7 @@ class Twin:
         copy = self.copies.get(inode)
         if copy is not None:
             return copy
-        copy = Inode(inode.number, None, {}, [], bytearray(inode.data), inode.durable, inode.poisoned, inode.mtime, inode.links)
+        copy = Inode(inode.number, None, {}, [], bytearray(inode.data), inode.durable, list(inode.dirty), inode.mtime, inode.links)
         self.copies[inode] = copy
         if inode.names is not None:
             copy.names = {name: self.of(child) for name, child in inode.names.items()}

@@ -28,7 +28,7 @@ class SignallingDisk(Disk):
 
     def __init__(self, at: int, signum: int) -> None:
         self.left, self.signum = at, signum
-        for kind in ("mkdir", "create", "write", "sync", "close", "sync_folder", "link", "rename", "unlink"):
+        for kind in ("mkdir", "create", "open_shared", "allocate", "write", "sync", "close", "sync_folder", "link", "rename", "unlink"):
             setattr(self, kind, self._counted(getattr(self, kind)))
 
     def _counted(self, operation):  # type: ignore[no-untyped-def]

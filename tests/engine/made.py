@@ -143,6 +143,16 @@ def file_plan(label: str = "made", rows: int = 64) -> Plan:
     return Plan(made.to, made.options, made.source, files)
 
 
+def sectioned_plan(label: str = "made", rows: int = 64) -> Plan:
+    """Three files beside their folder: one written in five sections, one whole, and one that is named last."""
+    made = made_plan(label, rows, files=3)
+    first, second, third = made.files
+    words = Piece("words", "uint8", (len(label),), len(label), literal=label.encode())
+    large = OutputFile("../made-0.gguf", first.header * 30, (words, *first.pieces, *second.pieces, *third.pieces[1:]), cuts=(1, 2, 3, 5))
+    mark = OutputFile("../made-1.gguf", b"read me first", (Piece("mark", "uint8", (4,), 4, literal=b"mark"),), last=True)
+    return Plan(made.to, made.options, made.source, (mark, large, OutputFile("../made-2.gguf", b"", third.pieces[:1])))
+
+
 def expected_file(file: OutputFile, source: MadeSource) -> bytes:
     """A file's bytes, put together without the engine."""
     content = bytearray(file.header)

@@ -6,8 +6,10 @@ The model is the weakest that POSIX allows and journalling filesystems have been
   files behind them, nor of the folder's own name in its parent;
 - a power loss keeps any subset of the un-synced names and, of un-synced data, all, nothing, zeros, or any 512-byte sectors;
 - a rename is atomic: both of its halves are there or none;
-- a failed `sync` drops the dirty pages and marks them clean: reading still shows them, a second `sync` succeeds, the disk never gets them;
-- a failed `close` of a written file means that the server refused the data, synced or not, as filesystems that store on close do.
+- a failed `sync` drops the dirty pages and marks them clean: reading still shows them, a second `sync` succeeds, the disk never gets them unless
+  they are written again;
+- a failed `close` of a written file means that the server refused what was written through it, synced or not, as filesystems that store on
+  close do.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from pathlib import Path
 from glmconv.engine.files import Disk, FileStatus
 from tests.engine.aftermath import Change, Inode, Survivor, Twin, apply, choices
 
-CHANGING = frozenset({"mkdir", "create", "write", "sync", "close", "sync_folder", "link", "rename", "unlink"})
+CHANGING = frozenset({"mkdir", "create", "share", "allocate", "write", "sync", "close", "sync_folder", "link", "rename", "unlink"})
 
 
 class PowerLoss(BaseException):
@@ -58,6 +60,7 @@ class SimulatedDisk(Disk):
         self.numbers = itertools.count(2)
         self.open_files: dict[int, tuple[Inode, bool]] = {}
         self.descriptors = itertools.count(1000)
+        self.written: dict[int, list[tuple[int, int]]] = {}  # by each descriptor
         self.free_bytes = 1 << 40
         self.root = Inode(1, names={})
         self.mkdir(Path("/sim"))
@@ -151,6 +154,28 @@ class SimulatedDisk(Disk):
             self._late(late)
             return self._descriptor(inode, writable=True)
 
+    def open_shared(self, path: Path) -> int:
+        with self.lock:
+            late = self._step("share")
+            folder, names, name = self._folder_of(path)
+            inode = names.get(name)
+            if inode is None:
+                inode = self._new()
+                self._put(folder, names, name, inode)
+            if inode.names is not None:
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            self._late(late)
+            return self._descriptor(inode, writable=True)
+
+    def allocate(self, fd: int, size: int) -> None:
+        with self.lock:
+            self._step("allocate")
+            inode = self._inode(fd)
+            begin = len(inode.data)
+            if size > begin:
+                inode.data.extend(bytes(size - begin))
+                self._dirtied(inode, begin, size)
+
     def _descriptor(self, inode: Inode, *, writable: bool) -> int:
         fd = next(self.descriptors)
         self.open_files[fd] = (inode, writable)
@@ -172,10 +197,19 @@ class SimulatedDisk(Disk):
             if short is not None and short.short:
                 content = content[: (len(content) + 1) // 2]
             if offset > len(inode.data):
+                self._dirtied(inode, len(inode.data), offset)
                 inode.data.extend(bytes(offset - len(inode.data)))
             inode.data[offset : offset + len(content)] = content
+            self._dirtied(inode, offset, offset + len(content))
+            self.written.setdefault(fd, []).append((offset, offset + len(content)))
             inode.mtime += 1
             return len(content)
+
+    @staticmethod
+    def _dirtied(inode: Inode, begin: int, end: int) -> None:
+        if inode.dirty and inode.dirty[-1][1] == begin:
+            begin, _ = inode.dirty.pop()
+        inode.dirty.append((begin, end))
 
     def sync(self, fd: int) -> None:
         with self.lock:
@@ -183,10 +217,11 @@ class SimulatedDisk(Disk):
             try:
                 self._step("sync")
             except OSError:
-                inode.poisoned = True
+                inode.dirty.clear()
                 raise
-            if not inode.poisoned and not self.lies("sync", None):
-                inode.durable = bytes(inode.data)
+            if not self.lies("sync", None):
+                inode.durable = inode.reachable()
+                inode.dirty.clear()
 
     def close(self, fd: int) -> None:
         with self.lock:
@@ -194,12 +229,19 @@ class SimulatedDisk(Disk):
             try:
                 self._step("close" if writable else "close read")
             except OSError:
-                if inode is not None and writable:  # Linux frees the descriptor all the same; the data is what the server kept
-                    inode.durable = bytes(inode.data[: len(inode.data) // 2])
-                    inode.data[:] = inode.durable
+                if inode is not None and writable:  # Linux frees the descriptor all the same; what it wrote is lost
+                    self._refused(inode, self.written.pop(fd, []))
                 raise
             if inode is None:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    @staticmethod
+    def _refused(inode: Inode, ranges: list[tuple[int, int]]) -> None:
+        for begin, end in ranges:
+            inode.data[begin:end] = bytes(end - begin)
+            durable = bytearray(inode.durable)
+            durable[begin:end] = bytes(max(0, min(end, len(durable)) - begin))
+            inode.durable = bytes(durable)
 
     def sync_folder(self, path: Path) -> None:
         with self.lock:
@@ -349,6 +391,7 @@ class SimulatedDisk(Disk):
         inode = self._find(str(path))
         change(inode.data)
         inode.durable = bytes(inode.data)
+        inode.dirty.clear()
 
     def after_power_loss(self, rng: random.Random, outcome: str) -> SimulatedDisk:
         """The disk as the next boot finds it. `outcome` is one of OUTCOMES; this disk stays as it is, so that others can be drawn from it."""
@@ -363,5 +406,5 @@ class SimulatedDisk(Disk):
         disk = SimulatedDisk.__new__(SimulatedDisk)
         disk.__dict__.update(self.__dict__)
         disk.changes, disk.crash_at, disk.dead, disk.faults, disk.seen, disk.struck = 0, None, False, (), {}, 0
-        disk.kinds, disk.lock, disk.open_files, disk.root = [], threading.RLock(), {}, root
+        disk.kinds, disk.lock, disk.open_files, disk.written, disk.root = [], threading.RLock(), {}, {}, root
         return disk

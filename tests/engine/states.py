@@ -16,8 +16,9 @@ from glmconv.engine.journal import BESIDE, MANIFEST, STATE, Layout, final_path
 from glmconv.engine.manifest import load_manifest
 from glmconv.engine.plan import Plan, sha256
 from glmconv.engine.run import Target, run
+from glmconv.errors import SourceError
 from tests.engine.aftermath import OUTCOMES
-from tests.engine.made import CHUNK, MadeSource, expected, file_plan, made_plan
+from tests.engine.made import CHUNK, MadeSource, expected, file_plan, made_plan, sectioned_plan
 from tests.engine.simulated import PowerLoss, SimulatedDisk
 
 SIM = Path("/sim")
@@ -139,11 +140,60 @@ def overwrite_beside() -> Scene:
     return Scene("overwrite beside", (Target(file_plan("new"), FILE),), source, disk, old=survives, overwrite=True)
 
 
-SCENES: tuple[Callable[[], Scene], ...] = (one_target, new_folders, two_targets, damaged, overwrite, two_workers, beside, overwrite_beside)
+def sections() -> Scene:
+    """A large file is written in sections."""
+    return Scene("sections", (Target(sectioned_plan(), FILE),), MadeSource(), SimulatedDisk())
+
+
+def damaged_sections() -> Scene:
+    """A run was stopped with some sections done; since then one of them lost a bit, and one its record."""
+    target, source = Target(sectioned_plan(), FILE), MadeSource()
+    disk = SimulatedDisk()
+    source.flaw = "e"
+    with contextlib.suppress(SourceError):
+        run([target], source, workers=1, chunk_size=CHUNK, disk=disk)
+    source.flaw = ""
+    layout, file = Layout(target.root, target.plan.id), target.plan.files[1]
+    assert len(disk.listing(layout.journal)) >= 3
+    disk.damage(layout.shared(file.name), lambda data: flip_at(data, file.sections[1].start + 5))
+    disk.unlink(layout.record(file.sections[2].name))
+    disk.sync_folder(layout.journal)
+    return Scene("damaged sections", (target,), source, disk.after_kill(), workers=2, damaged=True)
+
+
+def damaged_whole() -> Scene:
+    """A file of sections was finished, and damaged before the manifest was written."""
+    target, source = Target(sectioned_plan(), FILE), MadeSource()
+    disk = finished([target], source)
+    disk.unlink(target.root / MANIFEST)
+    disk.damage(final_path(target.root, target.plan.files[1].name), flip)
+    disk.sync_folder(target.root)
+    return Scene("damaged whole", (target,), source, disk.after_kill(), damaged=True)
+
+
+def lost_whole() -> Scene:
+    """A file of sections was finished, and removed by its user."""
+    target, source = Target(sectioned_plan(), FILE), MadeSource()
+    disk = finished([target], source)
+    disk.unlink(final_path(target.root, target.plan.files[1].name))
+    disk.unlink(target.root / MANIFEST)
+    for folder in (target.root, SIM):
+        disk.sync_folder(folder)
+    return Scene("lost whole", (target,), source, disk.after_kill(), damaged=True)
+
+
+SCENES: tuple[Callable[[], Scene], ...] = (
+    one_target, new_folders, two_targets, damaged, overwrite, two_workers, beside, overwrite_beside, sections, damaged_sections,
+    damaged_whole, lost_whole,
+)  # fmt: skip
 
 
 def flip(data: bytearray) -> None:
-    data[len(data) // 2] ^= 4
+    flip_at(data, len(data) // 2)
+
+
+def flip_at(data: bytearray, at: int) -> None:
+    data[at] ^= 4
 
 
 # -- what must hold ------------------------------------------------------------------------------------------------------------------------
@@ -182,6 +232,10 @@ def target_flaws(target: Target, truth: Mapping[str, bytes], disk: SimulatedDisk
             yield f"{file.name} has its final name and wrong bytes"
         if not damaged and disk.content(layout.record(file.name)) is not None:
             yield f"{file.name} has a record and is not there"
+    for file in target.plan.files:
+        there = disk.content(layout.final(file.name))
+        if file.last and missing and file.name not in missing and there is not None and not damaged:
+            yield f"{file.name} is there without {', '.join(missing)}"
     for name in [mark.name for mark in target.plan.marks] + [MANIFEST]:
         content = disk.content(target.root / name)
         if content is not None and missing:

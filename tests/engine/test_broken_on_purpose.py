@@ -16,12 +16,14 @@ from glmconv.engine.commit import Destination
 from glmconv.engine.files import Disk
 from glmconv.engine.jobs import Job
 from glmconv.engine.journal import MANIFEST, Record
+from glmconv.engine.plan import OutputFile
 from tests.engine import test_errno, test_races
 from tests.engine.made import MadeSource
 from tests.engine.simulated import SimulatedDisk
 from tests.engine.states import SCENES, SEED, Scene, Walk, brisk, one_target, say, truth_of
 
 Break = Callable[[pytest.MonkeyPatch], None]
+Sections = OutputFile.__dict__["sections"].func
 scene_of = functools.cache(lambda make: make())  # made while nothing is broken
 
 
@@ -87,6 +89,11 @@ def manifest_before_last_file(patch: pytest.MonkeyPatch) -> None:
         real_commit(self, staged, name, digest, **more)
 
     patch.setattr(Destination, "commit", commit_after)
+
+
+def last_file_first(patch: pytest.MonkeyPatch) -> None:
+    """A file that is to be named last is named as soon as it is written."""
+    patch.setattr(OutputFile, "sections", property(lambda self: Sections(self) if self.cuts else ()))
 
 
 def record_before_link(patch: pytest.MonkeyPatch) -> None:
@@ -206,6 +213,7 @@ VARIANTS: Mapping[str, tuple[Break, str]] = {  # how it is broken, and the test 
     "4 no fsync of the parent of OUT": (lying("sync_folder", where=above_out), "crashes, new_folders"),
     "5 manifest before the last file": (manifest_before_last_file, "crashes, one_target"),
     "6 last mark first": (marks_backwards, "crashes, one_target"),
+    "6b a file named last named first": (last_file_first, "crashes, sections"),
     "7 record before link, resume by size": (record_before_link, "crashes, one_target"),
     "8 resume by size alone, no fsync of files": (sizes_only_without_fsync, "crashes, one_target"),
     "9 claim by rename": (claim_by_rename, "a lost claim"),

@@ -12,13 +12,15 @@ import pytest
 from glmconv.errors import ExitCode, GlmconvError, SourceError
 from tests.engine.made import MadeSource
 from tests.engine.simulated import Fault, SimulatedDisk
-from tests.engine.states import SEED, SOAK, Scene, brisk, damaged, flaws, one_target, overwrite, say, shortcomings, two_targets
+from tests.engine.states import SEED, SOAK, Scene, brisk, damaged, flaws, one_target, overwrite, say, sections, shortcomings, two_targets
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 ANY = (errno.EIO, errno.ESTALE)
 CODES = {
     "mkdir": (*FULL, *ANY, errno.EROFS),
     "create": (*FULL, *ANY, errno.EROFS),
+    "share": (*FULL, *ANY, errno.EROFS),
+    "allocate": (*FULL, *ANY, errno.EOPNOTSUPP),
     "write": (*FULL, *ANY, errno.EROFS),
     "sync": (*FULL, *ANY),
     "close": (*FULL, *ANY),
@@ -32,7 +34,7 @@ CODES = {
     "status": ANY,
     "names": ANY,
 }
-LATE = ("mkdir", "create", "link", "rename", "unlink")  # what a server may have done although its answer was lost
+LATE = ("mkdir", "create", "share", "link", "rename", "unlink")  # what a server may have done although its answer was lost
 ALLOWED = {ExitCode.OUTPUT, ExitCode.DESTINATION}
 
 
@@ -86,14 +88,14 @@ def moved(fault: Fault, at: int) -> Fault:
     return Fault(fault.kinds, fault.code, at, fault.for_good, fault.late, fault.short)
 
 
-@pytest.mark.parametrize("make", [one_target, damaged, overwrite], ids=lambda scene: scene.__name__)
+@pytest.mark.parametrize("make", [one_target, damaged, overwrite, sections], ids=lambda scene: scene.__name__)
 @pytest.mark.parametrize("kind", CODES)
 def test_every_operation_may_fail_and_nothing_is_lost(make: Callable[[], Scene], kind: str, record_property: Callable[[str, object], None]) -> None:
     with brisk():
         cases, wrong = each_operation_fails(make(), kind)
     record_property("cases", cases)
     say(f"{make.__name__}, {kind}: {cases} cases, {len(wrong)} wrong")
-    assert cases > 0 or kind not in ("write", "sync", "link")
+    assert cases > 0 or kind not in ("write", "sync", "link") + (("share", "allocate") if make is sections else ())
     assert not wrong, "\n".join(wrong[:20])
 
 
@@ -129,7 +131,7 @@ def test_a_source_that_cannot_be_read_ends_with_its_own_error(workers: int) -> N
 
 def test_two_faults_in_one_run_lose_nothing() -> None:
     rng = random.Random(f"{SEED} pairs")
-    scenes, wrong = [one_target(), damaged(), overwrite()], []
+    scenes, wrong = [one_target(), damaged(), overwrite(), sections()], []
     choices = [pair for kind in CODES for pair in one_kind(kind)]
     with brisk():
         for _ in range(50_000 if SOAK else 300):

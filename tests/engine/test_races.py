@@ -16,7 +16,7 @@ from glmconv.engine.run import Target, run
 from glmconv.errors import DestinationError, GlmconvError, OutputError
 from tests.engine.made import CHUNK, MadeSource, made_plan
 from tests.engine.simulated import SimulatedDisk
-from tests.engine.states import SEED, SIM, SOAK, Scene, damaged, one_target, say, shortcomings, truth_of
+from tests.engine.states import SEED, SIM, SOAK, Scene, damaged, one_target, say, sections, shortcomings, truth_of
 from tests.engine.turns import Choose, Ended, race
 
 OUT = SIM / "out"
@@ -68,6 +68,24 @@ def test_four_equal_jobs_in_one_folder_all_succeed(number: int) -> None:
     ended = race(disk, [job(FIRST)] * 4, in_any_order(number))
     assert all(map(fine, ended)), ended
     assert finished_of(FIRST, disk.after_power_loss(random.Random(0), "everything lost"))
+
+
+@pytest.mark.parametrize("number", range(ROUNDS // 2))
+def test_equal_jobs_write_the_sections_of_one_file_together(number: int) -> None:
+    scene = sections()
+    disk = scene.before.after_kill()
+    ended = race(disk, [scene.run] * 3, in_any_order(number))
+    assert all(map(fine, ended)), ended
+    assert not list(shortcomings(scene, disk.after_power_loss(random.Random(0), "everything lost")))
+
+
+def test_a_job_that_wakes_after_its_equal_has_finished_the_sections_finishes_too() -> None:
+    scene = sections()
+    for at in pauses(scene.run):
+        disk = SimulatedDisk()
+        ended = race(disk, [scene.run, scene.run], paused(at))
+        assert all(map(fine, ended)), (at, ended)
+        assert not list(shortcomings(scene, disk.after_power_loss(random.Random(0), "everything lost"))), at
 
 
 @pytest.mark.parametrize("number", range(ROUNDS // 4))
