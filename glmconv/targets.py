@@ -13,6 +13,7 @@ from glmconv.engine.journal import folder_of_file
 from glmconv.errors import UsageError, printable
 from glmconv.formats import FORMATS
 from glmconv.formats.gguf_mix import mix_named
+from glmconv.formats.gguf_mmproj import mmproj_named
 
 SPELLINGS = {"huggingface": "hf", "safetensors": "hf", "megatron": "torch_dist", "torch-dist": "torch_dist"}
 GGUF = "gguf"  # the format whose outputs are files
@@ -40,12 +41,12 @@ class TargetSpec:
 
     @property
     def readable(self) -> bool:
-        """Whether an output can be opened as a source."""
-        return FORMATS[self.format].readable
+        """Whether an output can be opened as a source: a tower alone is none."""
+        return FORMATS[self.format].readable and not mmproj_named(self.file_type)
 
     @property
     def file_type(self) -> str:
-        """The mix of a GGUF target."""
+        """The mix of a GGUF target, or mmproj."""
         return self.to.partition(":")[2] if self.format == GGUF else ""
 
     def named(self, values: Mapping[str, str]) -> TargetSpec:
@@ -75,14 +76,14 @@ def parse_target(to: str, path: Path | None) -> TargetSpec:
     if target.format not in FORMATS or (":" in target.to and not target.codec and target.format != GGUF):
         raise UsageError(f"--to {to}: no target is called so.", hint=f"Targets: {known()}.")
     if target.format == GGUF:
-        mix = mix_named(target.file_type)
+        file_type = mmproj_named(target.file_type) or mix_named(target.file_type).name
         if path is not None and (path.suffix.lower() != ".gguf" or path.stem in ("", ".gguf")):
             raise UsageError(f"--to {to}: {path} is no name of a GGUF file.", hint=f"Write --to {to}=NAME.gguf.")
         unknown = [name for name in FIELD.findall(path.name) if name not in FIELDS] if path else []
         if unknown:
             fields = ", ".join(f"{{{name}}}" for name in FIELDS)
             raise UsageError(f"--to {to}: {{{printable(unknown[0])}}} means nothing in a file's name.", hint=f"What is filled in: {fields}.")
-        return TargetSpec(f"{GGUF}:{mix.name}", path).named({"type": mix.name})
+        return TargetSpec(f"{GGUF}:{file_type}", path).named({"type": file_type})
     return target
 
 

@@ -23,11 +23,12 @@ from glmconv.archs.glm4_moe import (
     moe_ffn,
     shared,
 )  # fmt: skip
-from glmconv.archs.spec import ArchSpec, Fields, Preset, Role, Row, Rule, Scope, Size, Sizes, always, sizes
+from glmconv.archs.spec import ArchSpec, Fields, Frames, Place, Preset, Role, Row, Rule, Scope, Size, Sizes, always, sizes
 
 v_hidden, v_heads, v_ffn, v_out, v_context = sizes("v_hidden v_heads v_ffn v_out v_context")
 image, patch, frames, channels, merge = sizes("image patch frames channels merge")
 positions = (image // patch) * (image // patch)
+patches = Frames(("v.patch_embd.weight", "v.patch_embd.weight.1"))
 VISION, PARAMETER, BIAS, EMBEDDING = Role.VISION, Role.PARAMETER, Role.BIAS, Role.EMBEDDING
 
 
@@ -35,14 +36,14 @@ def has_vision_bias(s: Sizes) -> bool:
     return bool(s["v_bias"])
 
 
-def tower(name: str, shape: tuple[Size, ...], role: Role, gguf: str, when: Callable[[Sizes], bool] = always) -> Row:
+def tower(name: str, shape: tuple[Size, ...], role: Role, gguf: Place, when: Callable[[Sizes], bool] = always) -> Row:
     """A row of the vision tower, which Megatron-Bridge keeps as transformers has it, names and all."""
     return Row(name, shape, role, name, gguf, when)
 
 
 # fmt: off
 STEM = (
-    tower("patch_embed.proj.weight",              (v_hidden, channels, frames, patch, patch), PARAMETER, "v.patch_embd.weight"),
+    tower("patch_embed.proj.weight",              (v_hidden, channels, frames, patch, patch), PARAMETER, patches),
     tower("patch_embed.proj.bias",                (v_hidden,),             BIAS,      "v.patch_embd.bias"),
     tower("embeddings.position_embedding.weight", (positions, v_hidden),   EMBEDDING, "v.position_embd.weight"),
     tower("post_conv_layernorm.weight",           (v_hidden,),             NORM,      "v.norm_embd.weight"),

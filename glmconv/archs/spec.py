@@ -116,7 +116,14 @@ class Split:
     transposed: frozenset[str] = frozenset()
 
 
-Place = str | Part | Split
+@dataclass(frozen=True)
+class Frames:
+    """A place: a convolution over images and time, [out, in, frames, height, width], is one over images, [out, in, height, width], for each frame."""
+
+    into: tuple[str, ...]
+
+
+Place = str | Part | Split | Frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +150,9 @@ def moves(place: Place, rows: int, index: Index, s: Sizes) -> Iterator[Move]:
         first = index[per] if per else 0
         for n in range(rows // width):
             yield Move(place.record.name, n * width, (first + n) * stride + before, width, stride if per else 0)
+    elif isinstance(place, Frames):
+        for name in place.into:
+            yield Move(name, 0, 0, rows)
     else:
         for name, inner in place.into.items():
             before, width, stride = place.record.span(name, s)

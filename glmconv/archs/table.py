@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from glmconv.archs import SPECS, bind, preset_named
-from glmconv.archs.spec import ArchSpec, Part, Place, Preset, Row, Scope, Split
+from glmconv.archs.spec import ArchSpec, Frames, Part, Place, Preset, Row, Scope, Split
 from glmconv.errors import UsageError
 
 
@@ -18,6 +18,8 @@ def place_text(place: Place | Mapping[str, Place] | None) -> str:
     if isinstance(place, Part):
         each = f" per {place.record.per}" if place.record.per else ""
         return f"{place.record.name}[{place.field} of {', '.join(place.record.fields)}{each}]"
+    if isinstance(place, Frames):
+        return " + ".join(place.into)
     if isinstance(place, Split):
         return " + ".join(place_text(inner) for inner in place.into.values())
     return " | ".join(f"{dialect}: {place_text(inner)}" for dialect, inner in place.items())

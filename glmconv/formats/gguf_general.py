@@ -54,9 +54,12 @@ class NameParts:
         return " ".join(word.title() if word.islower() and not re.match(r"^(v\d+(?:\.\d+)*|\d.*)$", word) else word for word in words)
 
 
-def general_entries(model: Model, config: Mapping[str, object], files: Mapping[str, bytes], folder: str) -> list[Entry]:
-    """Everything under `general` that describes the language model, in the converter's order; `folder` is the name of the one it came from."""
-    count, each, shared = _parameters(model)
+def general_entries(model: Model, config: Mapping[str, object], files: Mapping[str, bytes], folder: str, *, vision: bool = False) -> list[Entry]:
+    """Everything under `general` that describes the language model, or its vision tower, in the converter's order.
+
+    `folder` is the name of the one it came from.
+    """
+    count, each, shared = _parameters(model, vision)
     experts = model.sizes.get("experts", 0) if each else 0
     card = read_card(files)
     found = {key: value for key, fields in FROM_CARD.items() if (value := _first_text(card, fields.split()))}
@@ -78,12 +81,12 @@ def general_entries(model: Model, config: Mapping[str, object], files: Mapping[s
     return entries
 
 
-def _parameters(model: Model) -> tuple[int, int, int]:
+def _parameters(model: Model, vision: bool) -> tuple[int, int, int]:
     """(all, one expert's, all but the experts') elements of what a file holds: the vision tower has one of its own."""
     experts = model.sizes.get("experts", 0)
     each = shared = 0
     for name, tensor in model.tensors.items():
-        if ".visual." in name or tensor.index["expert"]:
+        if (".visual." in name) is not vision or tensor.index["expert"]:
             continue
         if tensor.role is Role.EXPERT:
             each += tensor.elements

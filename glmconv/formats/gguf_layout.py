@@ -143,10 +143,10 @@ def refuse_unaided(planned: Sequence[Planned], file_type: str, importance: Impor
             )
 
 
-def side_bytes(opened: Opened) -> dict[str, bytes]:
+def side_bytes(opened: Opened, names: Sequence[str] = TOKENIZER) -> dict[str, bytes]:
     """The files beside the weights that metadata are made of."""
     found = {}
-    for name in TOKENIZER:
+    for name in names:
         if name in opened.side_files:
             content = bytearray(opened.side_files[name].shape[0])
             opened.side_files[name].read_into(0, memoryview(content))
@@ -186,7 +186,7 @@ def notes(opened: Opened, planned: Sequence[Planned], told: GgufOptions) -> Iter
         yield "the file holds the MTP layers alone; it drafts for a file of the whole model"
     tower = sum("visual." in name for name in opened.tensors)
     if tower:
-        yield f"the {tower:,} tensors of the vision tower are not part of a language model's GGUF; mmproj files are not written yet"
+        yield f"the {tower:,} tensors of the vision tower are not part of a language model's GGUF; --to gguf:mmproj writes them"
 
 
 def importance_notes(planned: Sequence[Planned], importance: Importance, mtp: Collection[int]) -> Iterator[str]:

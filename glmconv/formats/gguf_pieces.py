@@ -12,7 +12,7 @@ from glmconv.formats.coded import CodedRows
 from glmconv.formats.format import RowReader
 from glmconv.formats.gguf_header import padded
 from glmconv.formats.gguf_options import GgufOptions
-from glmconv.formats.gguf_rows import AS_STORED, DECAY, FLOAT32, turned
+from glmconv.formats.gguf_rows import AS_STORED, DECAY, FLOAT32, frame_of, turned
 from glmconv.formats.gguf_stored import GgufRows, stored_as
 from glmconv.formats.gguf_tensors import GGUFTensor, Transform
 
@@ -30,13 +30,15 @@ def stored(tensor: GGUFTensor, kind: GgmlType, readers: Mapping[str, RowReader],
     runs = [engine_run(tensor, run.tensor, run.first, run.rows, readers, FLOAT32 if wide else "") for run in tensor.runs]
     if len(tensor.ne) == 1:
         columns, rows = 1, tensor.ne[0]
+    elif len(tensor.ne) == 4:  # a convolution, never in blocks: a canonical row is all that makes one output
+        columns, rows = math.prod(tensor.ne[:3]), tensor.ne[3]
     dtype = FLOATS.get(kind.name, "uint8")
     already = stored_as(own, tensor.name)
     if already and already.tensor.type == kind:  # as llama-quantize does
         runs, source = [Run(f"{AS_STORED}{tensor.name}:{tensor.runs[0].tensor}", 0, rows)], None
     importance = told.importance.of(tensor.name, math.prod(tensor.ne[2:]), columns) if told.importance and kind.name not in FLOATS else None
     size = row_size(kind, columns)
-    for first, count in cut(rows, tensor.ne[1] if len(tensor.ne) > 2 else 1, size):
+    for first, count in cut(rows, tensor.ne[1] if len(tensor.ne) == 3 else 1, size):
         whole = count == rows
         same = source is None or dtype == source.name
         encoder = None if source is None or same else GgmlEncoder(kind, (rows, columns), source, importance, kind.name not in FLOATS, first)
@@ -51,6 +53,8 @@ def engine_run(tensor: GGUFTensor, name: str, first: int, rows: int, readers: Ma
     """Rows as the engine asks for them: of a matrix that is transposed its columns."""
     if tensor.transform is Transform.TRANSPOSED:
         return Run(turned(prefix + name, first, rows), 0, readers[name].shape[1])
+    if tensor.transform is Transform.FRAME:
+        return Run(frame_of(prefix + name, tensor.frame), first, rows)
     return Run((DECAY if tensor.transform is Transform.NEGATIVE_EXPONENTIAL else prefix) + name, first, rows)
 
 

@@ -1,4 +1,4 @@
-"""Rows of canonical tensors that a GGUF file takes otherwise: a matrix transposed, a decay as llama.cpp computes with it, all in float32."""
+"""Rows of canonical tensors that a GGUF file stores otherwise: a matrix transposed, a decay as llama.cpp computes, a frame of a convolution."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ TURNED = "turned:"  # turned:FIRST:ROWS:NAME is a matrix, ROWS rows of a canonic
 FLOAT32 = "float32:"  # of a quantized tensor what its codes say, before that is rounded; any other one widened
 DECAY = "decay:"  # -exp(x) of a canonical tensor, in float32
 AS_STORED = "stored:"  # stored:GGUF:NAME is the tensor of that name in the GGUF file that the canonical tensor is read from, byte by byte
+FRAME = "frame:"  # frame:NUMBER:NAME is [out, in, height, width] of a canonical [out, in, frames, height, width]
+STRIP = 1 << 20  # bytes of a convolution's rows that are held at a time, or one row
 
 
 def turned(name: str, first: int, rows: int) -> str:
     return f"{TURNED}{first}:{rows}:{name}"
+
+
+def frame_of(name: str, number: int) -> str:
+    return f"{FRAME}{number}:{name}"
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,71 @@ class Decay:
         np.frombuffer(out, np.float32)[:] = -np.exp(values)
 
 
+@dataclass(frozen=True)
+class Frame:
+    """One frame of a convolution [out, in, frames, height, width]: [out, in, height, width]."""
+
+    stored: RowReader
+    number: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.stored.shape[:2], *self.stored.shape[3:])
+
+    @property
+    def dtype(self) -> DType:
+        return self.stored.dtype
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.stored.place
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        wanted = _by_channel(out, self)
+        rows = max(1, STRIP // row_size(self.stored.shape, self.dtype))
+        for at in range(0, len(wanted), rows):
+            part = wanted[at : at + rows]
+            whole = np.empty((len(part), self.shape[1], self.stored.shape[2], part.shape[2]), np.uint8)
+            self.stored.read_into(start + at, whole.reshape(-1).data)
+            part[...] = whole[:, :, self.number]
+
+
+@dataclass(frozen=True)
+class Framed:
+    """A convolution [out, in, frames, height, width] put together from one [out, in, height, width] for each frame: `Frame` read backwards."""
+
+    frames: tuple[RowReader, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        one = self.frames[0].shape
+        return (*one[:2], len(self.frames), *one[2:])
+
+    @property
+    def dtype(self) -> DType:
+        return self.frames[0].dtype
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.frames[0].place
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        one = self.frames[0]
+        whole = np.frombuffer(out, np.uint8).reshape(-1, one.shape[1], len(self.frames), row_size(one.shape[1:], self.dtype))
+        rows = max(1, STRIP // row_size(one.shape, self.dtype))
+        for at in range(0, len(whole), rows):
+            part = whole[at : at + rows]
+            for number, frame in enumerate(self.frames):
+                stored = np.empty((len(part), *whole.shape[1:2], whole.shape[3]), np.uint8)
+                frame.read_into(start + at, stored.reshape(-1).data)
+                part[:, :, number] = stored
+
+
+def _by_channel(out: memoryview, reader: RowReader) -> np.ndarray:
+    """Bytes of rows [out, in, height, width] as [out, in, bytes of one image]."""
+    return np.frombuffer(out, np.uint8).reshape(-1, reader.shape[1], row_size(reader.shape[1:], reader.dtype))
+
+
 def gguf_derived(tensors: Mapping[str, RowReader], name: str) -> RowReader | None:
     """The reader that a name with one of the prefixes stands for; None if it has none."""
     if name.startswith(TURNED):
@@ -93,4 +164,7 @@ def gguf_derived(tensors: Mapping[str, RowReader], name: str) -> RowReader | Non
         stored, _, name = name.removeprefix(AS_STORED).partition(":")
         found = stored_as([tensors[name]], stored)
         return StoredBlocks(found) if found else None
+    if name.startswith(FRAME):
+        number, name = name.removeprefix(FRAME).split(":", 1)
+        return Frame(gguf_derived(tensors, name) or tensors[name], int(number))
     return None

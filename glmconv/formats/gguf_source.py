@@ -11,6 +11,7 @@ import numpy as np
 from glmconv import strict_json
 from glmconv.archs import Model, bind, field_of, spec_for
 from glmconv.archs.model import TensorSpec
+from glmconv.archs.spec import Frames
 from glmconv.dtypes import BY_NAME, DType
 from glmconv.engine.inputs import plain_name
 from glmconv.engine.journal import folder_of_file
@@ -20,8 +21,9 @@ from glmconv.formats.format import FileLayout, Opened, OpenOptions, RowReader
 from glmconv.formats.gguf_config import FoundConfig, Told, config_of
 from glmconv.formats.gguf_files import GgufFiles, StoredTensor, model_at, models_in, open_files, whole_name
 from glmconv.formats.gguf_metadata import CONFIG, SOURCE, embedded_files
-from glmconv.formats.gguf_stored import GgufRows, Stretch, decoded, narrow
+from glmconv.formats.gguf_stored import GgufRows, Stretch, decoded, narrow, trimmed
 from glmconv.formats.gguf_tensors import VISION, GGUFTensor, Transform, gguf_tensors, layer_of
+from glmconv.formats.gguf_tower import Tower, open_tower
 from glmconv.formats.gguf_types import Entry, Kind
 from glmconv.formats.gguf_vocabulary import tokenizer_files
 from glmconv.formats.graft import with_field
@@ -60,17 +62,22 @@ def open_source(path: Path, options: OpenOptions) -> Opened:
     if kind is not None and kind.value not in ("model", "finetune"):
         raise UnsupportedError(f"holds a {str(kind.value)[:60]}, not a language model.", file=files.path)
     embedded = checked_names(files)
+    tower = open_tower(options.mmproj)
     found = config_of(files, embedded)
-    matched = match(found.config, files, options)
+    found = tower.told(found) if tower else found
+    matched = match(found.config, files, options, tower)
     side, notes = side_bytes(files, embedded, found, Told(files))
     layout = embedded_layout(embedded, files)
-    paths = tuple(file.path for file in files.files.values())
+    every = [files, *([tower.files] if tower else [])]
+    paths = tuple(file.path for each in every for file in each.files.values())
+    also = {"mmproj": tower.files.fingerprint} if tower else {}
     return Opened(
         format="gguf", path=path, config=found.config, config_bytes=found.data, model=matched.model, tensors=matched.readers,
-        folders=(files.folder,), fingerprint={"format": "gguf", "files": files.fingerprint}, missing=matched.missing,
+        folders=tuple(each.folder for each in every), fingerprint={"format": "gguf", "files": files.fingerprint, **also}, missing=matched.missing,
         unexpected=matched.unexpected, wrong=matched.wrong, dropped=matched.dropped,
         side_files={name: Bytes(content, len(paths) + n) for n, (name, content) in enumerate(side.items())}, layout=layout,
-        notes=(*found.notes, *notes, *matched.notes), stored_bytes=files.stored_bytes, apart=matched.apart, entries=entries_of(files),
+        notes=(*found.notes, *notes, *matched.notes), stored_bytes=sum(each.stored_bytes for each in every), apart=matched.apart,
+        entries=entries_of(files),
         read=(*paths, *map(folder_of_file, paths), manifest_at(files.path)),
     )  # fmt: skip
 
@@ -155,8 +162,8 @@ def table(model: Model) -> list[GGUFTensor]:
     return gguf_tensors(model)
 
 
-def match(config: Mapping[str, object], files: GgufFiles, options: OpenOptions) -> Matched:
-    """Find every canonical tensor. `apart` are those of a vision tower, which an mmproj file holds."""
+def match(config: Mapping[str, object], files: GgufFiles, options: OpenOptions, tower: Tower | None) -> Matched:
+    """Find every canonical tensor. `apart` are those of a vision tower, if that was not given."""
     spec, mtp = spec_for(config, files.path), Told(files).mtp
     stated = field_of(config, spec.mtp_field) or 0
     counted = config if stated == mtp else with_field(config, spec.mtp_field, mtp)
@@ -171,7 +178,7 @@ def match(config: Mapping[str, object], files: GgufFiles, options: OpenOptions) 
     binding = Binding(wanted.model, files, config_dtype(config) or BFLOAT16)
     for tensor in stored:
         binding.add(tensor)
-    binding.finish()
+    binding.finish(tower)
     kept = {tensor.name for tensor in stored}
     left = {tensor.name for tensor in table(bound)} if wanted.dropped else set()
     notes = [f"config.json asks for {spec.mtp_field} {stated}, {mtp} are there: that is written"] if stated != mtp else []
@@ -225,13 +232,16 @@ class Binding:
             self._stretches.setdefault(run.tensor, []).append(Stretch(run.first, run.rows, stored, at, tensor.transform))
             at += self.model.tensors[run.tensor].shape[1] if tensor.transform is Transform.TRANSPOSED else run.rows
 
-    def finish(self) -> None:
+    def finish(self, tower: Tower | None) -> None:
         """Readers for what is whole; what is not goes where it belongs."""
+        seen = tower.readers(self.model, self.dtype, len(self.files.files)) if tower else {}
         for name, tensor in self.model.tensors.items():
             stretches = self._stretches.get(name)
             if name in self._judged:
                 continue
-            if is_apart(tensor):
+            if name in seen:
+                self.readers[name] = seen[name]
+            elif is_apart(tensor):
                 self.apart.append(name)
             elif stretches and name in self._lacking:
                 self.wrong.append((name, f"lacks a part of it, {self._lacking[name]}"))
@@ -271,16 +281,11 @@ def mismatch(tensor: GGUFTensor, stored: StoredTensor) -> str:
     return ""
 
 
-def trimmed(ne: Sequence[int]) -> tuple[int, ...]:
-    """Without axes of 1 at the end, which files may have or not."""
-    rank = max((n for n, size in enumerate(ne, 1) if size > 1), default=1)
-    return tuple(ne[:rank])
-
-
 def is_apart(tensor: TensorSpec) -> bool:
     """Whether GGUF keeps it in a file for the vision tower."""
     place = tensor.row.gguf
-    return isinstance(place, str) and (tensor.scope.gguf + place).startswith(VISION)
+    names = place.into if isinstance(place, Frames) else (place,)
+    return all(isinstance(name, str) and (tensor.scope.gguf + name).startswith(VISION) for name in names)
 
 
 def needs_float32(stored: StoredTensor, dtype: DType) -> bool:

@@ -46,7 +46,7 @@ def toy_checkpoint(preset_name: str, options: ToyOptions) -> Checkpoint:
     opened = Opened(
         format="toy", path=Path(f"toy-{preset.name}"), config=config, config_bytes=(json.dumps(config, indent=2) + "\n").encode(), model=model,
         tensors=tensors, folders=(), fingerprint={"format": "toy", "preset": preset.name, "seed": options.seed, "files": {}},
-        side_files={name: Literal(content) for name, content in side_files(text_of(spec, config)).items()},
+        side_files={name: Literal(content) for name, content in side_files(text_of(spec, config), config.get("vision_config")).items()},
     )  # fmt: skip
     return Checkpoint(opened)
 

@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from glmconv.archs import ArchSpec, text_of
+from glmconv.toy.images import FIELDS
 from glmconv.toy.tokenizer import SMALLEST_VOCABULARY, special_ids
 
 # index_head_dim stays as it is: llama.cpp turns an indexer's heads by a matrix of one size
@@ -17,7 +18,7 @@ WIDTHS = {
     "qk_nope_head_dim": (4, 12), "qk_rope_head_dim": (4, 8), "v_head_dim": (4, 16), "index_n_heads": (1, 2),
 }  # fmt: skip
 TOP_K = 16  # of a small indexer: fewer than the tokens of a short prompt, so that its weights matter
-VISION_DEPTH, VISION_HEADS, VISION_HEAD_DIM, VISION_PATCHES = 2, 2, 16, 4
+VISION_DEPTH, VISION_HEADS, VISION_HEAD_DIM, VISION_PATCHES = 2, 2, 16, 6  # llama.cpp enlarges an image of fewer patches
 Fields = dict[str, Any]
 
 
@@ -44,6 +45,8 @@ def small_config(spec: ArchSpec, config: Mapping[str, object], how: Shrinking) -
     small: Fields = dict(config) | {spec.text: text}
     if isinstance(config.get("vision_config"), Mapping):
         small["vision_config"] = _tower(dict(small["vision_config"]), text["hidden_size"], how)
+        ids = special_ids(images=True)
+        small |= {field: ids[token] for token, field in FIELDS.items()}
     return small
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from glmconv.toy.images import TOKENS, preprocessor
+
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # GLM-4.5's tokenizer.json
 )
@@ -37,20 +39,20 @@ def merges() -> list[tuple[str, str]]:
     return list(found)
 
 
-def special_ids() -> dict[str, int]:
-    """Token -> id: the special tokens stand behind bytes and merges, as in the releases."""
+def special_ids(*, images: bool = False) -> dict[str, int]:
+    """Token -> id: the special tokens stand behind bytes and merges, as in the releases; `images`: those of a model that sees at the end."""
     first = 256 + len(merges())
-    return {token: first + n for n, token in enumerate(SPECIAL + ADDED)}
+    return {token: first + n for n, token in enumerate(SPECIAL + ADDED + (TOKENS if images else ()))}
 
 
-SMALLEST_VOCABULARY = 256 + len(merges()) + len(SPECIAL) + len(ADDED)
+SMALLEST_VOCABULARY = 256 + len(merges()) + len(SPECIAL) + len(ADDED) + len(TOKENS)
 
 
-def tokenizer_json() -> bytes:
+def tokenizer_json(ids: Mapping[str, int]) -> bytes:
     pairs = merges()
     vocab = {token: n for n, token in enumerate([*byte_characters(), *(left + right for left, right in pairs)])}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added = [{"id": n, "content": token, **flags, "special": token in SPECIAL} for token, n in special_ids().items()]
+    added = [{"id": n, "content": token, **flags, "special": token not in ADDED} for token, n in ids.items()]
     split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
     levels = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     document = {
@@ -66,23 +68,27 @@ def tokenizer_json() -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def side_files(config: Mapping[str, object]) -> dict[str, bytes]:
-    """The files beside a release's weights, by name. `config` gives the context length and the token ids."""
-    ids = special_ids()
+def side_files(config: Mapping[str, object], vision: Mapping[str, object] | None = None) -> dict[str, bytes]:
+    """The files beside a release's weights, by name. `config` is the language model's, with the token ids, `vision` the tower's, if there is one."""
+    ids = special_ids(images=vision is not None)
     decoder = {
-        str(n): {"content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": token in SPECIAL}
+        str(n): {"content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": token not in ADDED}
         for token, n in ids.items()
     }
     settings = {
-        "added_tokens_decoder": decoder, "additional_special_tokens": list(SPECIAL), "clean_up_tokenization_spaces": False, "do_lower_case": False,
+        "added_tokens_decoder": decoder, "additional_special_tokens": [token for token in ids if token not in ADDED],
+        "clean_up_tokenization_spaces": False, "do_lower_case": False,
         "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "model_max_length": 128000, "padding_side": "left", "remove_space": False,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }  # fmt: skip
     generation = {"_from_model_config": True, "do_sample": True, "eos_token_id": config["eos_token_id"], "pad_token_id": config["pad_token_id"],
                   "temperature": 1.0, "top_p": 0.95}  # fmt: skip
-    return {
-        "tokenizer.json": tokenizer_json(),
+    files = {
+        "tokenizer.json": tokenizer_json(ids),
         "tokenizer_config.json": (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode(),
         "generation_config.json": (json.dumps(generation, indent=2) + "\n").encode(),
         "chat_template.jinja": TEMPLATE.encode(),
     }
+    if vision is not None:
+        files["preprocessor_config.json"] = preprocessor(vision)
+    return files
