@@ -42,6 +42,11 @@ WHOLE = {
 }  # fmt: skip
 REAL = {"rms_norm_eps": "attention.layer_norm_rms_epsilon", "routed_scaling_factor": "expert_weights_scale", "hc_eps": "hyper_connection.epsilon"}
 FLAGGED = {"norm_topk_prob": "expert_weights_norm", "index_kpool_always_select_tail": "attention.indexer.kpool_select_tail"}
+OBSERVATION = "<|observation|>"
+PICTURES = {  # config.json's field and the token that it means
+    "image_start_token_id": "<|begin_of_image|>", "image_end_token_id": "<|end_of_image|>", "image_token_id": "<|image|>",
+    "video_start_token_id": "<|begin_of_video|>", "video_end_token_id": "<|end_of_video|>", "video_token_id": "<|video|>",
+}  # fmt: skip
 LINEAR = {"head_dim": "kda.head_dim", "short_conv_kernel_size": "ssm.conv_kernel"}
 SAME = ("hidden_size", "num_hidden_layers", "n_routed_experts", "max_position_embeddings", "intermediate_size", "vocab_size")
 Fact = tuple[str, object, str]  # path in config.json, value, what in the file says so
@@ -278,6 +283,10 @@ class Told:
         yield f"{inner}linear_attn_config.full_attn_layers", [n for n in range(self.layers) if n not in set(linear)]
 
     def _tokens(self, inner: str) -> Iterator[tuple[str, object]]:
+        there = {token: number for number, token in enumerate(self.tokens) if token in PICTURES.values()}
+        for field, token in PICTURES.items():
+            if token in there:
+                yield field, there[token]
         ends = self.ends
         if ends:
             yield f"{inner}eos_token_id", ends
@@ -289,10 +298,14 @@ class Told:
     def ends(self) -> list[int]:
         """The tokens that end an answer in every GLM: end of text, the user's turn, an observation."""
         found = [self.files.kv[key].value for key in (f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")) if key in self.files.kv]
-        tokens = self.files.kv.get("tokenizer.ggml.tokens")
-        if tokens is not None and isinstance(tokens.value, Array) and "<|observation|>" in tokens.value.values:
-            found.append(list(tokens.value.values).index("<|observation|>"))
+        if OBSERVATION in self.tokens:
+            found.append(list(self.tokens).index(OBSERVATION))
         return list(dict.fromkeys(number for number in found if isinstance(number, int)))
+
+    @cached_property
+    def tokens(self) -> Sequence[object]:
+        found = self.files.kv.get("tokenizer.ggml.tokens")
+        return found.value.values if found is not None and isinstance(found.value, Array) else ()
 
     @cached_property
     def vocabulary(self) -> int:

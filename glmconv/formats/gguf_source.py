@@ -20,7 +20,7 @@ from glmconv.formats.format import FileLayout, Opened, OpenOptions, RowReader
 from glmconv.formats.gguf_config import FoundConfig, Told, config_of
 from glmconv.formats.gguf_files import GgufFiles, StoredTensor, model_at, models_in, open_files, whole_name
 from glmconv.formats.gguf_metadata import CONFIG, SOURCE, embedded_files
-from glmconv.formats.gguf_stored import GgufRows, Stretch, decoded, narrow
+from glmconv.formats.gguf_stored import GgufRows, Stretch, decoded, narrow, trimmed
 from glmconv.formats.gguf_tensors import VISION, GGUFTensor, Transform, gguf_tensors, layer_of
 from glmconv.formats.gguf_types import Entry, Kind
 from glmconv.formats.gguf_vocabulary import tokenizer_files
@@ -56,6 +56,8 @@ def manifest_at(path: Path) -> Path:
 def open_source(path: Path, options: OpenOptions) -> Opened:
     """Open a GGUF model. SourceError or UnsupportedError if it is broken or not GLM's; tensors are matched, not judged."""
     files = open_files(model_at(path))
+    if options.mmproj is not None:
+        raise UnsupportedError("is the file of a vision tower, which is not read yet.", file=options.mmproj)
     kind = files.kv.get("general.type")
     if kind is not None and kind.value not in ("model", "finetune"):
         raise UnsupportedError(f"holds a {str(kind.value)[:60]}, not a language model.", file=files.path)
@@ -269,12 +271,6 @@ def mismatch(tensor: GGUFTensor, stored: StoredTensor) -> str:
     if len(tensor.ne) == 1 and kind.block > 1:
         return f"has one axis and the type {kind.name}, which has none of its own"
     return ""
-
-
-def trimmed(ne: Sequence[int]) -> tuple[int, ...]:
-    """Without axes of 1 at the end, which files may have or not."""
-    rank = max((n for n, size in enumerate(ne, 1) if size > 1), default=1)
-    return tuple(ne[:rank])
 
 
 def is_apart(tensor: TensorSpec) -> bool:

@@ -7,6 +7,7 @@ the rounding; of -exp(x) a number is found that gives the stored one again.
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -167,7 +168,7 @@ def bfloat16_bits(wide: Floats) -> NDArray[np.uint16]:
 
 @dataclass(frozen=True)
 class StoredBlocks:
-    """A stored tensor as its bytes, row by row (of one axis value by value), for a target that stores the same.
+    """A stored tensor as its bytes, row by row (of one axis value by value, of four by the last), for a target that stores the same.
 
     Scales that mean nothing are errors all the same.
     """
@@ -178,7 +179,8 @@ class StoredBlocks:
     @property
     def shape(self) -> tuple[int, ...]:
         tensor = self.stored.tensor
-        size = row_size(tensor.type, tensor.ne[0] if len(tensor.ne) > 1 else 1)
+        ne = trimmed(tensor.ne)
+        size = row_size(tensor.type, ne[0] if 1 < len(ne) < 4 else math.prod(ne[:3]) if len(ne) > 1 else 1)
         return tensor.size // size, size
 
     @property
@@ -195,6 +197,12 @@ class StoredBlocks:
                 row = start + int(wrong.argmax()) * kind.size // size
                 what = f"has a scale of {kind.name} that is NaN or infinite in row {row:,}."
                 raise SourceError(what, file=self.stored.file.path, tensor=self.stored.name, hint=DAMAGED)
+
+
+def trimmed(ne: Sequence[int]) -> tuple[int, ...]:
+    """Without axes of 1 at the end, which files may have or not."""
+    rank = max((n for n, size in enumerate(ne, 1) if size > 1), default=1)
+    return tuple(ne[:rank])
 
 
 def stored_as(readers: Sequence[object], name: str) -> StoredTensor | None:
