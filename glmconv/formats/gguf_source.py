@@ -58,8 +58,6 @@ def manifest_at(path: Path) -> Path:
 def open_source(path: Path, options: OpenOptions) -> Opened:
     """Open a GGUF model. SourceError or UnsupportedError if it is broken or not GLM's; tensors are matched, not judged."""
     files = open_files(model_at(path))
-    if options.mmproj is not None:
-        raise UnsupportedError("is the file of a vision tower, which is not read yet.", file=options.mmproj)
     kind = files.kv.get("general.type")
     if kind is not None and kind.value not in ("model", "finetune"):
         raise UnsupportedError(f"holds a {str(kind.value)[:60]}, not a language model.", file=files.path)
