@@ -144,7 +144,8 @@ def _print(out: Output, src: str, done: object, verified: dict[str, object]) -> 
         out.data(f"read back: {lost}{exact:,} tensors are bit-identical")
     first = done.outcomes[0]
     if first.target.outside:
-        out.note(f"next: glmconv verify {src} {written(first)} --exact   or   llama-cli -m {written(first)}")
+        ran = "llama-mtmd-cli -m MODEL.gguf --mmproj" if first.target.plan.to.startswith("gguf:mmproj") else "llama-cli -m"
+        out.note(f"next: glmconv verify {src} {written(first)} --exact   or   {ran} {written(first)}")
         return
     other = "hf" if first.target.plan.to == "torch_dist" else "torch_dist"
     out.note(f"next: glmconv verify {src} {first.target.root}   or   glmconv convert {first.target.root} DST --to {other}")

@@ -10,15 +10,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from glmconv.archs import Model
 from glmconv.codecs.ggml import TYPES, GgmlType
-from glmconv.engine.journal import BESIDE
-from glmconv.engine.plan import Piece, Plan, in_sections
 from glmconv.errors import SourceError, UnsupportedError, UsageError
 from glmconv.formats.format import LayoutOptions, Opened, RowReader
 from glmconv.formats.gguf_general import CARD, GENERATION, general_entries
-from glmconv.formats.gguf_header import write_header
-from glmconv.formats.gguf_layout import name_of, side_bytes
+from glmconv.formats.gguf_layout import GgufPlan, Planned, name_of, output_files, side_bytes
 from glmconv.formats.gguf_metadata import CONFIG, FILE_TYPES, QUANTIZATION_VERSION
-from glmconv.formats.gguf_pieces import SECTION, stored
 from glmconv.formats.gguf_tensors import GGUFTensor, in_tower, placed
 from glmconv.formats.gguf_types import Array, Entry, Kind, single
 from glmconv.strict_json import mapping, parse
@@ -53,20 +49,20 @@ def mmproj_named(file_type: str) -> str | None:
     return MMPROJ + dash + out_type.upper()
 
 
-def plan(opened: Opened, options: LayoutOptions) -> Plan:
-    """One file, beside the folder of its own. UnsupportedError for a model that does not see, or that llama.cpp would not run as it is meant."""
+def plan(opened: Opened, options: LayoutOptions) -> GgufPlan:
+    """One file, beside the folder of its own. UnsupportedError for a model that does not see, or that llama.cpp would not run as it is meant.
+
+    Options of GGUF files are the language model's: none changes the tower's.
+    """
     refuse_unknown(opened)
     tensors = mmproj_tensors(opened.model, opened.tensors, shards(opened))
     out_type = options.file_type.partition("-")[2] or guessed(tensors, opened.tensors)
-    described = [(tensor.name, type_of(tensor, out_type), tensor.ne) for tensor in tensors]
+    planned = [Planned(tensor, *type_of(tensor, out_type)) for tensor in tensors]
     kv, notes = metadata(opened, out_type)
-    pieces: list[Piece] = []
-    for tensor, (_, kind, _) in zip(tensors, described, strict=True):
-        pieces += stored(tensor, kind, opened.tensors, options.gguf)
-    file = in_sections(BESIDE + options.name, write_header(kv, described), pieces, SECTION)
-    counts = Counter(kind.name for _, kind, _ in described)
-    notes = [f"the vision tower: {', '.join(f'{count:,} {name}' for name, count in counts.most_common())}", *notes]
-    return Plan(f"gguf:{options.file_type}", {"name": options.name}, opened.fingerprint, (file,), (), (*opened.notes, *notes))
+    files = output_files(planned, kv, opened.tensors, LayoutOptions(name=options.name))
+    counts = Counter(each.kind.name for each in planned)
+    said = (*opened.notes, f"the vision tower: {', '.join(f'{count:,} {name}' for name, count in counts.most_common())}", *notes)
+    return GgufPlan(f"gguf:{options.file_type}", {"name": options.name}, opened.fingerprint, files, (), said, tuple(planned))
 
 
 def refuse_unknown(opened: Opened) -> None:
@@ -106,12 +102,14 @@ def guessed(tensors: Sequence[GGUFTensor], readers: Mapping[str, RowReader]) -> 
     return "BF16" if readers[first.runs[0].tensor].dtype.name == "bfloat16" else "F16"
 
 
-def type_of(tensor: GGUFTensor, out_type: str) -> GgmlType:
-    """A tensor's type in a file of `out_type`. ggml's convolutions take float32 and float16 only; rows that do not fill blocks become float16."""
+def type_of(tensor: GGUFTensor, out_type: str) -> tuple[GgmlType, str]:
+    """A tensor's type in a file of `out_type`, and why. ggml's convolutions take float32 and float16; rows that do not fill blocks become float16."""
     if tensor.name in CONVOLUTIONS:
-        return TYPES["F16" if out_type == "F16" else "F32"]
-    kind = TYPES["F32" if tensor.dtype == "F32" else out_type]
-    return TYPES["F16"] if tensor.ne[0] % kind.block else kind
+        return TYPES["F16" if out_type == "F16" else "F32"], "convolution"
+    if tensor.dtype == "F32":
+        return TYPES["F32"], "kept"
+    kind = TYPES[out_type]
+    return (TYPES["F16"], f"fallback from {kind}") if tensor.ne[0] % kind.block else (kind, "base")
 
 
 def metadata(opened: Opened, out_type: str) -> tuple[list[Entry], list[str]]:

@@ -1,4 +1,5 @@
-"""Rows of canonical tensors that a GGUF file stores otherwise: a matrix transposed, a decay as llama.cpp computes, a frame of a convolution."""
+"""Rows of canonical tensors that a GGUF file stores otherwise: a matrix transposed, a decay as llama.cpp computes, a frame of a convolution,
+a quantized weight before it is rounded to bf16."""
 
 from __future__ import annotations
 

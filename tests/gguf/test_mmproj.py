@@ -215,6 +215,7 @@ def test_how_images_are_prepared_is_taken_from_where_the_release_says_it(toy, gl
     gone = edited(source, tmp_path / "gone", "preprocessor_config.json")
     answer = glmconv("convert", gone, tmp_path / "gone.gguf", "--to", "gguf:mmproj")
     assert answer.code == 0
+    assert "llama-mtmd-cli -m MODEL.gguf --mmproj" in answer.err
     assert "image_mean and image_std are those of transformers' processor" in answer.err
     mean = header(tmp_path / "gone.gguf").kv["clip.vision.image_mean"]
     assert mean.value.values == [np.float32(value) for value in (0.48145466, 0.4578275, 0.40821073)]
@@ -278,3 +279,13 @@ def test_a_float32_tower_becomes_float16_unless_said_otherwise(toy, tmp_path):
     assert found.kv["general.file_type"].value == 1
     assert {found.tensors[name].type.name for name in ("v.patch_embd.weight.1", "mm.patch_merger.weight", "v.blk.0.attn_qkv.weight")} == {"F16"}
     assert found.tensors["v.position_embd.weight"].type.name == "F32"
+
+
+def test_the_plan_lists_the_towers_tensors_with_types_and_reasons(toy, glmconv):
+    answer = glmconv("plan", toy("glm4.5v-108B-A12B", TOY), "--to", "gguf:mmproj-Q8_0", "--json")
+    listed = {each["name"]: (each["type"], each["why"]) for each in json.loads(answer.out)["targets"][0]["tensors"]}
+    assert len(listed) == 28
+    assert listed["v.patch_embd.weight.1"] == ("F32", "convolution")
+    assert listed["v.blk.0.ln1.weight"] == ("F32", "kept")
+    assert listed["v.blk.0.attn_qkv.weight"] == ("Q8_0", "base")
+    assert listed["mm.down.weight"] == ("F16", "fallback from Q8_0")

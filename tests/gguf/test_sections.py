@@ -45,6 +45,15 @@ def test_a_file_in_sections_has_the_bytes_of_a_whole_one(preset, target, toy, sm
     assert (tmp_path / "cut.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
+@pytest.mark.parametrize("target", ["gguf:mmproj", "gguf:mmproj-F16", "gguf:mmproj-Q8_0"])
+def test_a_tower_in_sections_has_the_bytes_of_a_whole_one(target, toy, small_sections, tmp_path):
+    convert(toy("glm4.5v-108B-A12B", EACH), {target: tmp_path / "whole.gguf"})
+    small_sections(3000)
+    assert plan(toy("glm4.5v-108B-A12B", EACH), [target]).jobs > 20
+    convert(toy("glm4.5v-108B-A12B", EACH), {target: tmp_path / "cut.gguf"}, options=Options(workers=3))
+    assert (tmp_path / "cut.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
 @pytest.mark.parametrize("preset", ["glm4.5-355B-A32B", "glm5.2-744B-A40B"])
 def test_each_part_of_a_stack_has_the_importance_of_its_own_experts(preset, toy, small_sections, tmp_path):
     source = toy(preset, EACH)
