@@ -130,11 +130,11 @@ def decoded(stored: StoredTensor, start: int, rows: int, columns: int) -> Floats
 def logarithms(decays: Floats) -> Floats:
     """What -exp(x) made the decays of, in float32: of the numbers that give them exactly a bfloat16 one if there is one, else the nearest."""
     with np.errstate(all="ignore"):
-        near: Floats = np.log(-decays)
+        near: Floats = np.log(-decays.astype(np.float64)).astype(np.float32)
         found: Floats = near.copy()
         open_ = np.ones(found.shape, bool)
         for made in (bfloat16_bits(near).astype(np.uint32) << 16).view(np.float32), *_neighbours(near):
-            fits = open_ & (-np.exp(made) == decays)
+            fits = open_ & ((-np.exp(made.astype(np.float64))).astype(np.float32) == decays)
             found[fits] = made[fits]
             open_ &= ~fits
     return found

@@ -177,7 +177,6 @@ BAD = (
     Bad("a norm that is longer", tensor(NORM, ne=(33,), data=bytes(132)), tensor(NORM, data=bytes(128)), "the model's sizes need"),
     Bad("a norm of Q8_0", tensor(NORM, kind="Q8_0", data=bytes(34)), tensor(NORM, kind="BF16", data=bytes(64)), "has one axis"),
     Bad("whole numbers", lambda e, t: t.update({NAME: (INTEGERS, t[NAME][1], bytes(4 * t[NAME][1][0] * t[NAME][1][1]))}), nothing, "type I32", 6),
-    Bad("a type that is not decoded", lambda e, t: t.update({NAME: (TYPES["Q2_0"], (64, 8), bytes(8 * 18))}), nothing, "type Q2_0", 6),
 )  # fmt: skip
 from glmconv.formats.gguf_types import BY_NAME  # noqa: E402
 
