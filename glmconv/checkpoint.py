@@ -123,19 +123,23 @@ class Checkpoint:
 
 def open_checkpoint(
     path: str | Path, *, mtp: bool = True, origin: str | Path | None = None, strict: bool = True, dialect: str = "auto",
-    mtp_from: str | Path | None = None,
+    mtp_from: str | Path | None = None, mmproj: str | Path | None = None,
 ) -> Checkpoint:  # fmt: skip
-    """Open a folder, or a Hub repository, of any known format.
+    """Open a folder, a Hub repository, or a GGUF file, of any known format.
 
     mtp False leaves the MTP layers out, `mtp_from` takes them from another checkpoint; `origin` is the Hugging Face release of a torch_dist
-    checkpoint that a trainer saved, `dialect` the trainer's, where its tensors do not tell. `strict` False keeps missing, unexpected and wrong
-    tensors in `opened` instead of raising for them.
+    checkpoint that a trainer saved, `dialect` the trainer's, where its tensors do not tell; `mmproj` is the file of a GGUF model's vision tower,
+    whose tensors are otherwise named in `opened.apart` and not there. `strict` False keeps missing, unexpected and wrong tensors in `opened`
+    instead of raising for them.
     Raises SourceError (broken, incomplete, hostile) or UnsupportedError (a format or architecture that is not known).
     """
     place = resolve(path)
     with looked_at(place):
         form = detected(place)
-    options = OpenOptions(mtp and mtp_from is None, None if origin is None else resolve(origin, weights=False), dialect)
+    if mmproj is not None and form.name != "gguf":
+        raise UsageError(f"--mmproj is a GGUF source's, {place} is {form.title}.")
+    release, tower = None if origin is None else resolve(origin, weights=False), None if mmproj is None else Path(mmproj)
+    options = OpenOptions(mtp and mtp_from is None, release, dialect, tower)
     opened = form.open(place, options)
     if mtp_from is not None:
         if not mtp:
@@ -161,12 +165,12 @@ def detected(place: Path) -> Format:
     """The format of a folder. UnsupportedError if it is none that is known, SourceError if it is an unfinished output."""
     unfinished(place)
     form = next((form for form in FORMATS.values() if form.detect(place)), None)
-    if form is None and any(child.name.startswith("mp_rank_") for child in place.iterdir()):
+    if form is None and place.is_dir() and any(child.name.startswith("mp_rank_") for child in place.iterdir()):
         raise UnsupportedError("is a legacy Megatron checkpoint of one parallel layout.", file=place, hint="Save it with --ckpt-format torch_dist.")
     if form is None:
         raise UnsupportedError(
-            "is no checkpoint that glmconv reads: neither config.json and .safetensors files nor a Megatron torch_dist folder.", file=place,
-            hint=f"Formats: {', '.join(FORMATS)}.",
+            "is no checkpoint that glmconv reads: neither config.json and .safetensors files, nor a Megatron torch_dist folder, nor GGUF.",
+            file=place, hint=f"Formats: {', '.join(FORMATS)}.",
         )  # fmt: skip
     unfinished(form.manifest_at(place))
     return form
@@ -185,12 +189,8 @@ def resolve(name: str | Path, *, weights: bool = True) -> Path:
     path = Path(name)
     with looked_at(path):
         if path.exists():
-            if not path.is_dir():
-                if path.suffix.lower() == ".gguf":
-                    raise UnsupportedError(
-                        "is GGUF, which is written and not read yet.", file=path, hint="glmconv verify SRC FILE --exact checks one."
-                    )
-                raise UnsupportedError("is a file; a checkpoint is a folder.", file=path)
+            if not path.is_dir() and path.suffix.lower() != ".gguf":
+                raise UnsupportedError("is a file; a checkpoint is a folder, or a file called .gguf.", file=path)
             return path
     if not isinstance(name, str) or not HUB_ID.match(name):
         raise SourceError("does not exist.", file=path, hint="Pass a checkpoint's folder, or a Hub id such as zai-org/GLM-4.5.")

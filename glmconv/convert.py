@@ -46,7 +46,7 @@ class Options:
     """What a conversion may be told. `file_size` in bytes; `max_memory` in bytes of resident memory; `mtp` False drops the MTP layers.
 
     `megatron_dialect` is the trainer whose names and row orders a torch_dist target is written in, `source_dialect` the one of the source, where its
-    tensors do not tell; `mtp_from` is a checkpoint to take the MTP layers from.
+    tensors do not tell; `mtp_from` is a checkpoint to take the MTP layers from, `mmproj` the file of a GGUF source's vision tower.
 
     For quantized targets: `keep` are regular expressions of tensors to leave as they are, `first_layers_bf16` and `last_layers_bf16` whole
     layers; `ragged` "quantize" encodes even what no serving engine loads; `serve_tp`, `serve_ep` are the ranks it is to be served on;
@@ -65,6 +65,7 @@ class Options:
     megatron_dialect: str = "auto"
     source_dialect: str = "auto"
     mtp_from: str | None = None
+    mmproj: str | None = None
     resume: bool = True
     resume_check: str = "full"
     overwrite: bool = False
@@ -108,7 +109,7 @@ class Options:
         )  # fmt: skip
 
     def open(self, src: str | Path) -> Checkpoint:
-        return open_checkpoint(src, mtp=self.mtp, origin=self.origin, dialect=self.source_dialect, mtp_from=self.mtp_from)
+        return open_checkpoint(src, mtp=self.mtp, origin=self.origin, dialect=self.source_dialect, mtp_from=self.mtp_from, mmproj=self.mmproj)
 
 
 def options_of(chosen: Mapping[str, object]) -> Options:
@@ -176,6 +177,7 @@ def plan_targets(source: Checkpoint, targets: Sequence[TargetSpec], options: Opt
     refuse_misplaced(options, {target.format for target in targets})
     if options.imatrix is not None and importance is None:
         importance = open_importance(Path(options.imatrix))
+    refuse_towerless(source, targets)
     return [FORMATS[target.format].plan(source.opened, options.layout(target, importance)) for target in targets]
 
 
@@ -193,6 +195,16 @@ def refuse_misplaced(options: Options, formats: Collection[str]) -> None:
         raise UsageError("--shard-size means nothing for a GGUF target.", hint="Several files: --split-max-size.")
     if options.mtp_only and (set(formats) != {GGUF} or not options.mtp):
         raise UsageError("--mtp only is a GGUF target's, and each other target would get all layers.", hint="Convert in two commands.")
+
+
+def refuse_towerless(source: Checkpoint, targets: Sequence[TargetSpec]) -> None:
+    """SourceError for a target that is not complete without what the source keeps in a file that was not given."""
+    apart = source.opened.apart
+    if apart and any(target.format != source.format for target in targets):
+        raise SourceError(
+            f"is missing (and {len(apart) - 1:,} more): this is the language model alone, its vision tower lies in an mmproj file.",
+            file=source.path, tensor=apart[0], hint="Name that file with --mmproj.",
+        )  # fmt: skip
 
 
 def plan_again(source: Checkpoint, to: str, chosen: Mapping[str, object], *, imatrix: str | Path | None = None) -> Plan:
@@ -367,7 +379,7 @@ def convert(
 
 def refuse_sources(source: Checkpoint, targets: Sequence[Target]) -> None:
     """DestinationError for a target in or around any folder that is read: the checkpoint as a whole, its iteration, its origin."""
-    roots = dict.fromkeys([FORMATS[source.format].manifest_at(source.path), *(folder.root for folder in source.opened.folders)])
+    roots = dict.fromkeys([FORMATS[source.format].manifest_at(source.path), *source.opened.roots])
     for target in map(resolved, targets):
         for root in roots:
             refuse_source(target.root, root, Disk())

@@ -15,6 +15,8 @@ from glmconv.codecs import bound_of
 from glmconv.codecs.codec import bfloat16_values
 from glmconv.errors import Interrupted
 from glmconv.formats.coded import label_of
+from glmconv.formats.gguf_source import is_apart
+from glmconv.formats.gguf_stored import GgufRows
 
 CHUNK = 4 << 20
 
@@ -53,6 +55,7 @@ class Comparison:
     elements: int = 0
     bytes: int = 0
     aliases: int = 0  # copies that only one side stores, found equal to what they repeat
+    apart: int = 0  # tensors of a vision tower that one side keeps in a file that was not given: not compared
     differences: list[Difference] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
 
@@ -149,9 +152,14 @@ def _floats(bits: np.ndarray, dtype: str) -> np.ndarray:
 
 def _pairs(a: Checkpoint, b: Checkpoint, result: Comparison) -> Iterator[tuple[LazyTensor, LazyTensor]]:
     """The tensors to compare bit by bit; what differs before that goes into `result`."""
+    towerless = [side for side in (a, b) if side.opened.apart]
     for name in dict.fromkeys([*a.tensors, *b.tensors]):
         left, right = _of(a, b, name), _of(b, a, name)
-        if left is None or right is None:
+        if left and right and isinstance(right.reader, GgufRows):
+            right = LazyTensor(name, right.reader.retyped(left.dtype))  # GGUF does not say which dtype its numbers had
+        if (left is None or right is None) and any(_is_apart(side, a, b, name) for side in towerless):
+            result.apart += 1
+        elif left is None or right is None:
             result.differences.append(Difference(name, f"is only in {(a if right is None else b).path}"))
         elif left.shape != right.shape:
             result.differences.append(Difference(name, f"is {list(left.shape)} and {list(right.shape)}"))
@@ -160,6 +168,12 @@ def _pairs(a: Checkpoint, b: Checkpoint, result: Comparison) -> Iterator[tuple[L
         else:
             result.aliases += name not in a.tensors or name not in b.tensors
             yield left, right
+
+
+def _is_apart(side: Checkpoint, a: Checkpoint, b: Checkpoint, name: str) -> bool:
+    """Whether a tensor that `side` lacks is one of those that it keeps in a file that was not given."""
+    tensor = next(found for checkpoint in (a, b) if (found := checkpoint.arch.tensors.get(name)))
+    return name not in side.tensors and is_apart(tensor)
 
 
 def _of(side: Checkpoint, other: Checkpoint, name: str) -> LazyTensor | None:

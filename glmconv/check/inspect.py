@@ -36,6 +36,7 @@ class Inspection:
     missing: list[str]
     unexpected: list[str]
     wrong: list[list[str]]
+    apart: int  # tensors of a vision tower, in a file that was not given
     notes: list[str]
 
     @property
@@ -43,9 +44,11 @@ class Inspection:
         return not (self.missing or self.unexpected or self.wrong)
 
 
-def inspect(path: str | Path, *, origin: str | Path | None = None, dialect: str = "auto") -> tuple[Inspection, Checkpoint]:
+def inspect(
+    path: str | Path, *, origin: str | Path | None = None, dialect: str = "auto", mmproj: str | Path | None = None
+) -> tuple[Inspection, Checkpoint]:
     """Inspect a checkpoint of any format. Tensors that are missing, unknown or wrong are listed, not raised; a broken file is still a SourceError."""
-    source = open_checkpoint(path, origin=origin, strict=False, dialect=dialect)
+    source = open_checkpoint(path, origin=origin, strict=False, dialect=dialect, mmproj=mmproj)
     opened, model = source.opened, source.arch
     dtypes: Counter[str] = Counter(tensor.dtype.name for _, tensor in source)
     quantization = Counter(label for _, tensor in source if (label := label_of(tensor.reader)))
@@ -72,6 +75,7 @@ def inspect(path: str | Path, *, origin: str | Path | None = None, dialect: str 
         missing=list(opened.missing),
         unexpected=list(opened.unexpected),
         wrong=[list(pair) for pair in opened.wrong],
+        apart=len(opened.apart),
         notes=list(opened.notes),
     )
     return found, source

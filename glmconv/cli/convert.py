@@ -85,10 +85,10 @@ def _verify(out: Output, src: str, paths: list[Path], check: str, workers: int, 
     if check == "none" or not paths:
         return {"verify": "none"}
     with stoppable() as stop, out.bar("verify") as (started, progress):
-        origin, base = chosen.get("origin"), chosen.get("mtp_from")
+        origin, base, tower = (str(chosen[name]) if chosen.get(name) else None for name in ("origin", "mtp_from", "mmproj"))
         counts = read_back(
-            src, paths, sample=check == "sample", mtp=chosen.get("mtp") != "drop", origin=str(origin) if origin else None, workers=workers,
-            dialect=str(chosen.get("source_dialect")), mtp_from=str(base) if base else None, started=started, progress=progress, stop=stop,
+            src, paths, sample=check == "sample", mtp=chosen.get("mtp") != "drop", origin=origin, workers=workers,
+            dialect=str(chosen.get("source_dialect")), mtp_from=base, mmproj=tower, started=started, progress=progress, stop=stop,
         )  # fmt: skip
     return {"verify": check, "verified": counts}
 

@@ -18,14 +18,15 @@ SHOWN = 20
 @click.option("--tensors", is_flag=True, help="List every tensor: name, dtype, shape, role.")
 @click.option("--origin", metavar="DIR|ID", help="The Hugging Face release of a torch_dist checkpoint.")
 @reading_options[0]
+@reading_options[2]
 @output_options
 @click.pass_context
-def command(ctx: click.Context, path: str, tensors: bool, origin: str | None, source_dialect: str) -> int:
+def command(ctx: click.Context, path: str, tensors: bool, origin: str | None, source_dialect: str, mmproj: str | None) -> int:
     """Say what the checkpoint PATH is and whether it is complete; exit 5 if tensors are missing, unknown or wrong."""
     from glmconv.check.inspect import inspect
 
     out = output_of(ctx)
-    found, source = inspect(path, origin=origin, dialect=source_dialect)
+    found, source = inspect(path, origin=origin, dialect=source_dialect, mmproj=mmproj)
     with source:
         listed = [(name, tensor.dtype.name, list(tensor.shape), source.arch.tensors[name].role.value) for name, tensor in source]
     if out.json:

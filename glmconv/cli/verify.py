@@ -35,6 +35,7 @@ Examples:
 @click.option("--mtp", type=click.Choice(["keep", "drop"]), default="keep", show_default=True, help="drop: leave the MTP layers of both out.")
 @reading_options[0]
 @reading_options[1]
+@reading_options[2]
 @click.option("--max-rmse", type=click.FloatRange(min=0, min_open=True), help="Bound on a quantized tensor's relative RMSE; default: its codec's.")
 @click.option("--exact", is_flag=True, help="Convert A again without writing and compare every byte with B, an output of glmconv.")
 @imatrix_option
@@ -42,7 +43,7 @@ Examples:
 @click.pass_context
 def command(
     ctx: click.Context, a: str, b: str | None, workers: int, origin: str | None, mtp: str, source_dialect: str, mtp_from: str | None,
-    max_rmse: float | None, exact: bool, imatrix: str | None,
+    mmproj: str | None, max_rmse: float | None, exact: bool, imatrix: str | None,
 ) -> int:  # fmt: skip
     """Compare checkpoints A and B bit by bit, whatever their formats; or A alone with its own manifest, every byte.
 
@@ -61,17 +62,9 @@ def command(
     downloaded(a, b)
     with stoppable() as stop, out.bar("verify") as (started, progress):
         if b is None or exact:
+            options = Options(origin=origin, mtp=mtp != "drop", source_dialect=source_dialect, mtp_from=mtp_from, mmproj=mmproj)
             check = (
-                _exact(
-                    Options(origin=origin, mtp=mtp != "drop", source_dialect=source_dialect, mtp_from=mtp_from),
-                    a,
-                    b,
-                    workers,
-                    started,
-                    progress,
-                    stop,
-                    imatrix,
-                )
+                _exact(options, a, b, workers, started, progress, stop, imatrix)
                 if b
                 else verify_output(a, workers=workers, started=started, progress=progress, stop=stop)
             )
@@ -81,13 +74,16 @@ def command(
             return _answer(out, {**asdict(check), "same": check.same}, check.same, f"{check.root}: {good} ({counts})", lines)
         result = verify_same(
             a, b, workers=workers, origin=origin, mtp=mtp != "drop", started=started, progress=progress, stop=stop, max_rmse=max_rmse,
-            dialect=source_dialect, mtp_from=mtp_from,
+            dialect=source_dialect, mtp_from=mtp_from, mmproj=mmproj,
         )  # fmt: skip
     value = {"same": result.same, "tensors": result.tensors, "elements": result.elements, "bytes": result.bytes, "aliases": result.aliases,
+             "apart": result.apart,
              "different": len(result.differences), "worst": [asdict(d) for d in result.worst],
              "quantized": [{**asdict(loss), "sqnr": loss.sqnr} for loss in result.losses]}  # fmt: skip
     lines = [f"{d.tensor}: {d.what}" + (f", by up to {d.worst:g}" if d.elements else "") for d in result.worst]
     counts = f"{result.tensors:,} tensors, {result.elements:,} elements, {human(result.bytes)}"
+    if result.apart:
+        out.note(f"note: the {result.apart:,} tensors of the vision tower were not compared: they lie in an mmproj file (--mmproj)")
     if not result.losses:
         return _answer(out, value, result.same, f"the same weights: {counts} bit-identical", lines)
     worst = max(result.losses, key=lambda loss: loss.rmse)

@@ -20,13 +20,19 @@ SUFFIXES = (
     "weight_scale_inv", "weight_scale", "weight_packed", "weight_zero_point", "weight_shape", "weight_g_idx", "qweight", "qzeros", "scales", "g_idx",
 )  # fmt: skip
 
-# The relative RMSE of a tensor above which `verify` takes it for wrong: about twice what normal values give (docs/quantization.md)
-BOUNDS = {"fp8": 0.06, "int4": 0.25, "awq": 0.25}
+# The relative RMSE of a tensor above which `verify` takes it for wrong: about twice what normal values give (docs/quantization.md, docs/gguf.md).
+# Q8_0's and the ternary types' follow from their arithmetic: half a step of the largest of 32 values, and no more than the value itself.
+BOUNDS = {
+    "fp8": 0.06, "int4": 0.25, "awq": 0.25,
+    "F16": 0.001, "BF16": 0.004, "Q8_0": 0.0225, "Q6_K": 0.05, "Q5_K": 0.1, "Q5_1": 0.1, "Q5_0": 0.12, "Q4_K": 0.2, "Q4_1": 0.2, "Q4_0": 0.25,
+    "IQ4_NL": 0.2, "IQ4_XS": 0.2, "MXFP4": 0.3, "Q3_K": 0.4, "IQ3_S": 0.4, "IQ3_XXS": 0.5, "Q2_K": 0.7, "IQ2_S": 0.8, "IQ2_XS": 0.8, "IQ2_XXS": 0.9,
+    "IQ1_M": 1.0, "IQ1_S": 1.0, "TQ1_0": 1.0, "TQ2_0": 1.0, "NVFP4": 0.3, "Q2_0": 1.0, "Q1_0": 1.0,
+}  # fmt: skip
 
 
 def bound_of(label: str) -> float:
-    """The bound for a tensor whose decoder has this label."""
-    return BOUNDS[label.partition(" ")[0]]
+    """The bound for a tensor whose decoder has this label: the widest, if its parts are stored in several ways (`Q5_0+Q4_K`)."""
+    return max(BOUNDS[part] for part in label.partition(" ")[0].split("+"))
 
 
 def codec_of(text: str) -> Codec:

@@ -7,4 +7,4 @@ from glmconv.formats.gguf import GGUF
 from glmconv.formats.huggingface import HUGGINGFACE
 from glmconv.formats.torch_dist import TORCH_DIST
 
-FORMATS: dict[str, Format] = {form.name: form for form in (TORCH_DIST, HUGGINGFACE, GGUF)}
+FORMATS: dict[str, Format] = {form.name: form for form in (TORCH_DIST, GGUF, HUGGINGFACE)}

@@ -13,6 +13,7 @@ from glmconv.dtypes import BY_NAME, DType
 from glmconv.errors import SourceError, UnsupportedError
 from glmconv.formats.binding import canonical_dtype
 from glmconv.formats.format import FileRows, RowReader
+from glmconv.formats.gguf_stored import GgufRows
 
 WIDE = "wide:"  # the engine reads a quantized tensor as float32 under this name, so that quantizing it anew rounds once
 RAW = "raw:"  # and a stored part as it lies under raw:SUFFIX:NAME
@@ -85,14 +86,14 @@ class CheckedPart:
 
 def label_of(reader: RowReader) -> str:
     """How a tensor is encoded; empty if it is not."""
-    return reader.label if isinstance(reader, CodedRows) else ""
+    return reader.label if isinstance(reader, CodedRows | GgufRows) else ""
 
 
 def derived(tensors: Mapping[str, RowReader], name: str) -> RowReader | None:
     """The reader that a name with one of the two prefixes stands for; None if it has none."""
     if name.startswith(WIDE):
         reader = tensors[name.removeprefix(WIDE)]
-        return reader.widened() if isinstance(reader, CodedRows) else reader
+        return reader.widened() if isinstance(reader, CodedRows | GgufRows) else reader
     if name.startswith(RAW):
         suffix, _, name = name.removeprefix(RAW).partition(":")
         reader = tensors[name]

@@ -13,6 +13,7 @@ from glmconv.dtypes import DType
 from glmconv.engine.inputs import InputFile, InputFolder
 from glmconv.engine.plan import Plan
 from glmconv.formats.gguf_options import GgufOptions
+from glmconv.formats.gguf_types import Entry
 from glmconv.formats.selection import QuantOptions
 
 FILE_PREFIX = "file:"  # the engine reads a side file as the rows (bytes) of a "tensor" of this name
@@ -91,15 +92,27 @@ class Opened:
     layout: FileLayout | None = None
     notes: tuple[str, ...] = ()
     stored_bytes: int = 0
+    apart: tuple[str, ...] = ()  # canonical tensors that the format keeps in a file of their own, which was not given
+    read: tuple[Path, ...] = ()  # files that no target may touch; empty: all of the folders
+    entries: tuple[Entry, ...] = ()  # GGUF: its keys
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """What a target must not lie in, or around."""
+        return self.read or tuple(folder.root for folder in self.folders)
 
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """How to read: `mtp` False leaves the MTP layers out; `origin` is the release that a trainer's checkpoint came from, `dialect` the trainer's."""
+    """How to read: `mtp` False leaves the MTP layers out; `origin` is the release that a trainer's checkpoint came from, `dialect` the trainer's.
+
+    `mmproj` is the GGUF file of the vision tower, which a GGUF source keeps apart.
+    """
 
     mtp: bool = True
     origin: Path | None = None
     dialect: str = "auto"
+    mmproj: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,11 @@
-"""GGUF, llama.cpp's files: written in one pass from any source; not read yet."""
+"""GGUF, llama.cpp's files: written in one pass from any source, read by the table that writes them."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NoReturn
-
 from glmconv.engine.plan import Plan
-from glmconv.errors import UnsupportedError
 from glmconv.formats import gguf_layout, gguf_mmproj
-from glmconv.formats.format import Format, LayoutOptions, Opened, OpenOptions
-
-
-def detect(path: Path) -> bool:
-    return False
+from glmconv.formats.format import Format, LayoutOptions, Opened
+from glmconv.formats.gguf_source import detect, manifest_at, open_source
 
 
 def plan(opened: Opened, options: LayoutOptions) -> Plan:
@@ -21,8 +14,4 @@ def plan(opened: Opened, options: LayoutOptions) -> Plan:
     return write(opened, options)
 
 
-def open_file(path: Path, options: OpenOptions) -> NoReturn:
-    raise UnsupportedError("is GGUF, which is not read yet.", file=path)
-
-
-GGUF = Format("gguf", "GGUF (llama.cpp)", detect, open_file, plan, readable=False)
+GGUF = Format("gguf", "GGUF (llama.cpp)", detect, open_source, plan, manifest_at=manifest_at)

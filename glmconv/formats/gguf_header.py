@@ -20,6 +20,7 @@ from glmconv.formats.gguf_types import BY_NUMBER, ESCAPED, FORMATS, SIZES, Array
 
 MAGIC = b"GGUF"
 VERSION = 3
+READABLE = (2, 3)  # laid out alike; 3 may be big-endian too
 ALIGNMENT = 32
 ALIGNMENT_KEY = "general.alignment"
 ALIGNMENTS = [8 << n for n in range(14)]  # the format wants a multiple of 8, llama.cpp a power of two
@@ -182,10 +183,10 @@ def _preamble(cursor: _Cursor) -> tuple[int, int]:
     if cursor.take(4, "its magic") != MAGIC:
         raise SourceError("does not begin with GGUF.", file=path, offset=0, hint="Is it a GGUF file?")
     version = cursor.number("I", "its version")
-    if version != VERSION:
+    if version not in READABLE:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
         what = f"is big-endian GGUF, version {swapped}" if version > 0xFFFF else f"is GGUF version {version}"
-        raise UnsupportedError(f"{what}; version {VERSION}, little-endian, is read.", file=path, offset=4)
+        raise UnsupportedError(f"{what}; versions 2 and 3, little-endian, are read.", file=path, offset=4)
     tensors, entries = cursor.number("Q", "its counts"), cursor.number("Q", "its counts")
     for count, most, least, what in ((tensors, TENSORS, 33, "tensors"), (entries, ENTRIES, 14, "keys")):
         if count > most:

@@ -17,7 +17,7 @@ from glmconv.formats.format import LayoutOptions, Opened, RowReader
 from glmconv.formats.gguf_embed import embedded_source
 from glmconv.formats.gguf_header import data_size, padded, write_header
 from glmconv.formats.gguf_imatrix import Importance
-from glmconv.formats.gguf_metadata import ARCHITECTURES, metadata, quantized
+from glmconv.formats.gguf_metadata import ARCHITECTURES, SOURCE, metadata, quantized
 from glmconv.formats.gguf_mix import Facts, Tensor, choose, mix_named
 from glmconv.formats.gguf_options import GgufOptions
 from glmconv.formats.gguf_pieces import SECTION, stored
@@ -25,6 +25,8 @@ from glmconv.formats.gguf_split import groups, split_entries, split_name
 from glmconv.formats.gguf_tensors import GGUFTensor, gguf_tensors, layer_of
 from glmconv.formats.gguf_types import Entry
 
+APPENDED = ("general.quantization_version", "general.file_type")
+IMATRIX = "quantize.imatrix."
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "README.md")
 SHARED = ("token_embd.weight", "output_norm.weight", "output.weight")  # what a file of the MTP layers alone has beside them
@@ -64,8 +66,7 @@ def plan(opened: Opened, options: LayoutOptions) -> GgufPlan:
     told, mix = options.gguf, mix_named(options.file_type)
     planned = types(opened, told, mix.name)
     refuse_unaided(planned, mix.name, told.importance)
-    kv = metadata(opened.model, opened.config, side_bytes(opened), name_of(opened))
-    kv += quantized(mix.name, told.importance.origin(told.importance.name) if told.importance else None)
+    kv = entries(opened, told) + quantized(mix.name, told.importance.origin(told.importance.name) if told.importance else None)
     embedded, left = embedded_source(opened, kv, len(planned)) if told.embed_source else ([], [])
     files = output_files(planned, kv + embedded, opened.tensors, options)
     chosen: dict[str, object] = {"mtp": options.mtp, "name": options.name, **told.document}
@@ -104,6 +105,19 @@ def name_of(opened: Opened) -> str:
     """What the model's own name is guessed from: its folder's, or the release's where the folder is one of the Hub's cache, named after a commit."""
     preset = preset_of(opened.config)
     return preset.hub.rpartition("/")[2] if preset and COMMIT.fullmatch(opened.path.name) else opened.path.name
+
+
+def entries(opened: Opened, told: GgufOptions) -> list[Entry]:
+    """The keys before those that a quantizer appends: of a GGUF source its own, but for the architecture's if MTP layers were dropped or added."""
+    again = (*APPENDED, *((IMATRIX,) if told.importance else ()), *((SOURCE,) if told.embed_source else ()))
+    kept = [entry for entry in opened.entries if not entry.key.startswith(again)]
+    if kept and not opened.dropped and "mtp_from" not in opened.fingerprint:
+        return kept
+    made = metadata(opened.model, opened.config, side_bytes(opened), name_of(opened))
+    own = f"{ARCHITECTURES[opened.model.spec.model_type]}."
+    at = next((n for n, entry in enumerate(kept) if entry.key.startswith(own)), 0)
+    others = [entry for entry in kept[at:] if not entry.key.startswith(own)]
+    return [*kept[:at], *(entry for entry in made if entry.key.startswith(own)), *others] if kept else made
 
 
 def facts_of(model: Model) -> Facts:

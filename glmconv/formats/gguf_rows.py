@@ -11,11 +11,13 @@ import numpy as np
 from glmconv.dtypes import BY_NAME, DType
 from glmconv.formats.coded import CodedRows
 from glmconv.formats.format import RowReader, row_size
+from glmconv.formats.gguf_stored import GgufRows, StoredBlocks, stored_as
 from glmconv.formats.widen import Widened
 
 TURNED = "turned:"  # turned:FIRST:ROWS:NAME is a matrix, ROWS rows of a canonical tensor from FIRST on, transposed
 FLOAT32 = "float32:"  # of a quantized tensor what its codes say, before that is rounded; any other one widened
 DECAY = "decay:"  # -exp(x) of a canonical tensor, in float32
+AS_STORED = "stored:"  # stored:GGUF:NAME is the tensor of that name in the GGUF file that the canonical tensor is read from, byte by byte
 FRAME = "frame:"  # frame:NUMBER:NAME is [out, in, height, width] of a canonical [out, in, frames, height, width]
 STRIP = 1 << 20  # bytes of a convolution's rows that are held at a time, or one row
 
@@ -154,12 +156,16 @@ def gguf_derived(tensors: Mapping[str, RowReader], name: str) -> RowReader | Non
         return Turned(gguf_derived(tensors, name) or tensors[name], int(first), int(rows))
     if name.startswith(FLOAT32):
         reader, wide = tensors[name.removeprefix(FLOAT32)], BY_NAME["float32"]
-        if isinstance(reader, CodedRows):
+        if isinstance(reader, CodedRows | GgufRows):
             return reader.widened()
         return reader if reader.dtype == wide else Widened(reader, wide)
     if name.startswith(DECAY):
         return Decay(tensors[name.removeprefix(DECAY)])
+    if name.startswith(AS_STORED):
+        stored, _, name = name.removeprefix(AS_STORED).partition(":")
+        found = stored_as([tensors[name]], stored)
+        return StoredBlocks(found) if found else None
     if name.startswith(FRAME):
         number, name = name.removeprefix(FRAME).split(":", 1)
-        return Frame(tensors[name], int(number))
+        return Frame(gguf_derived(tensors, name) or tensors[name], int(number))
     return None

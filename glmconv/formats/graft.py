@@ -50,6 +50,7 @@ def grafted(opened: Opened, base: Opened) -> Opened:
     note = f"{len(added):,} tensors of {layers} MTP layer{'s' if layers > 1 else ''} come from {base.path}"
     return replace(
         opened, model=model, tensors=tensors, folders=(*opened.folders, *base.folders), notes=(*opened.notes, note),
+        read=(*opened.roots, *base.roots),
         fingerprint={**opened.fingerprint, "mtp_from": base.fingerprint}, stored_bytes=opened.stored_bytes,
     )  # fmt: skip
 

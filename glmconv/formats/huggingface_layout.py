@@ -9,7 +9,7 @@ from glmconv.archs import field_of, preset_of
 from glmconv.codecs.codec import Codec, Grid
 from glmconv.dtypes import BY_NAME
 from glmconv.engine.plan import OutputFile, Piece, Plan, Run, SmallFile
-from glmconv.formats.coded import QUANTIZATION, RAW, WIDE, CodedRows
+from glmconv.formats.coded import QUANTIZATION, RAW, WIDE, CodedRows, label_of
 from glmconv.formats.format import FileLayout, LayoutOptions, Opened, RowReader, row_size
 from glmconv.formats.graft import with_field
 from glmconv.formats.safetensors_header import write_header
@@ -79,7 +79,7 @@ def stored(name: str, reader: RowReader, selection: Selection, strict: bool) -> 
             run = Run(f"{RAW}{suffix}:{name}", 0, rows.shape[0])
             yield Piece(f"{base}.{suffix}", rows.dtype.name, rows.shape, rows.row_size * rows.shape[0], (run,))
         return
-    wide = isinstance(reader, CodedRows)
+    wide = bool(label_of(reader))
     encoder = codec.encoder(shape, reader.dtype, wide=wide, strict=strict)
     for number, part in enumerate(codec.parts(shape, reader.dtype)):
         runs = () if number else (Run(WIDE + name if wide else name, 0, shape[0]),)
@@ -93,8 +93,9 @@ def is_already(reader: CodedRows, codec: Codec) -> bool:
 
 
 def _requantized(opened: Opened, selection: Selection) -> Iterator[str]:
-    coded = [reader for name, reader in opened.tensors.items() if name in selection.encoded and isinstance(reader, CodedRows)]
-    others = sorted({reader.decoder.label for reader in coded if not is_already(reader, selection.codec)})
+    coded = [reader for name, reader in opened.tensors.items() if name in selection.encoded and label_of(reader)]
+    anew = [reader for reader in coded if not (isinstance(reader, CodedRows) and is_already(reader, selection.codec))]
+    others = sorted({reader.decoder.label if isinstance(reader, CodedRows) else label_of(reader) for reader in anew})
     if others:
         yield f"quantized anew from {', '.join(others)}: the two errors add up (about 1.4 times that of one)"
     elif coded:

@@ -90,7 +90,7 @@ ATTACKS = (
     Attack("a file of zeros", lambda: bytes(4096), packed),
     Attack("a pickle", lambda: b"\x80\x02cos\nsystem\nX\x02\0\0\0id\x85R." + bytes(64), packed),
     Attack("version 1", lambda: packed(version=1), packed, UnsupportedError),
-    Attack("version 2", lambda: packed(version=2), packed, UnsupportedError),
+    Attack("version 0", lambda: packed(version=0), lambda: packed(version=2), UnsupportedError),
     Attack("version 4", lambda: packed(version=4), packed, UnsupportedError),
     Attack("a big-endian file", lambda: packed(version=3 << 24), packed, UnsupportedError),
     Attack("2^64 - 1 tensors", lambda: packed(count=2**64 - 1), packed),

@@ -172,9 +172,9 @@ def test_the_command_line_writes_checks_and_guards_a_file(toy, glmconv, tmp_path
     assert answer.code == 0
     assert f"{out}: gguf:Q5_K_M" in answer.out
     assert "bits per weight" in answer.err
-    assert glmconv("convert", source, out, "--to", "gguf:Q5_K_M").out.endswith("nothing was written\n")
+    assert glmconv("convert", source, out, "--to", "gguf:Q5_K_M").out.count("nothing was written") == 1
     assert glmconv("verify", out).code == glmconv("verify", source, out, "--exact").code == 0
-    assert glmconv("verify", source, out).code == glmconv("inspect", out).code == 6  # not read yet
+    assert glmconv("verify", source, out).code == glmconv("inspect", out).code == 0
     content = bytearray(out.read_bytes())
     content[-100] ^= 1
     out.write_bytes(content)
