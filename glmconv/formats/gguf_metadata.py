@@ -269,7 +269,8 @@ class _Keys:
             yield self.key("expert_weights_norm", Kind.BOOL, self.flag("norm_topk_prob"))
 
     def mtp_layers(self) -> Iterator[Entry]:
-        if self.mtp:
+        """How many; none is said where the config says so itself, but by two architectures only."""
+        if self.mtp or (self.text.get("num_nextn_predict_layers") == 0 and self.architecture in ("glm4moe", "glm-dsa")):
             yield self.number("nextn_predict_layers", self.mtp)
 
     def indexer(self) -> Iterator[Entry]:
