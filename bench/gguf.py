@@ -2,10 +2,11 @@
 
     python bench/gguf.py [--model glm4.5|air|both] [--type Q4_K_M] [--threads 2] [--scale 1] [--repeat 1] [--peer build/interop] [--work build/bench]
 
-The models have true widths but few layers, experts and tokens: 2 GB of bfloat16 (`--scale 1/2` halves the widths). Ours is `glmconv convert --verify none`,
-which hashes every byte and fsyncs; theirs is convert_hf_to_gguf.py to bf16, llama-quantize and `sync -f`. Both begin with the source in the page cache,
-and their files are compared. Kernels: millions of weights a second on one thread, ours from bfloat16 as the engine drives it, ggml's
-`ggml_quantize_chunk` from float32. `make interop` builds llama.cpp in build/interop; without it theirs is left out. Exit code 1 if a goal is not reached.
+The models have true widths but few layers, experts and tokens: 2 GB of bfloat16 (`--scale 1/2` halves the widths). Ours is `glmconv convert
+--verify none`, which hashes every byte and fsyncs; theirs is convert_hf_to_gguf.py to bf16, llama-quantize and `sync -f`. Both begin with the source
+in the page cache, and their files are compared. Kernels: millions of weights a second on one thread, ours from bfloat16 as the engine drives it,
+ggml's `ggml_quantize_chunk` from float32. `make interop` builds llama.cpp in build/interop; without it theirs is left out. Exit code 1 if a goal
+is not reached.
 """
 
 from __future__ import annotations

@@ -50,6 +50,20 @@ base_model: zai-org/GLM-4.5-Base
 ---
 # A model for tests
 """
+LONG_CARD = """---
+license: other
+license_name: glm
+license_link: https://example.org/licence
+language:
+- en
+- no
+tags: [chat, agent]
+pipeline_tag: text-generation
+base_model: [zai-org/GLM-4.5-Air-Base, foo/bar-7B-v2]
+datasets: [x/y, "https://huggingface.co/datasets/a/b"]
+model_creator: Somebody
+---
+"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,7 @@ class Fixture:
     importance: the file types that are written with an importance matrix
     old: the matrix is in the form of before 2025-07
     unseen: it lacks some weights beside those of the MTP layers
+    described: its card, tokenizer and way of sampling say more than those of the others
     mtp: False drops the MTP layers on the way to GGUF, though the source has them
     fp8: the source is quantized, by this target of glmconv
     """
@@ -70,6 +85,7 @@ class Fixture:
     importance: tuple[str, ...] = QUANTIZED
     old: bool = False
     unseen: bool = True
+    described: bool = False
     experts: int = 16
     mtp: bool = True
     fp8: str = ""
@@ -91,6 +107,7 @@ FIXTURES = {
     "glm_moe_dsa": Fixture("glm5-744B-A40B", 5, INDEXED),
     "glm_moe_dsa-shared": Fixture("glm5.2-744B-A40B", 7, INDEXED, SOME, ("Q4_K_M",), old=True),
     "glm_moe_dsa-fp8": Fixture("glm5-744B-A40B", 4, INDEXED, SOME, ("Q4_K_M",), fp8="fp8"),
+    "glm4_moe-v2.1-35B-described": Fixture("glm4.5-355B-A32B", 2, GROUPED, ("Q8_0",), (), described=True),
     "glm4_moe-channel": Fixture("glm4.5-355B-A32B", 4, GROUPED, SOME, (), fp8="fp8:channel"),
     # a sixteenth of the layers is one
     "glm4": Fixture("glm4-9B-0414", 16, {**GROUPED, "intermediate_size": 256}, old=True),
@@ -114,7 +131,8 @@ def build(name: str, folder: Path) -> Path:
     if isinstance(tower := config.get("vision_config"), dict):
         config["vision_config"] = {**tower, "out_hidden_size": text["hidden_size"]}
     tensors = list(bind(spec, config, aliases=preset.aliases).tensors.values())
-    for file, content in {**side_files(text), "config.json": json.dumps(config, indent=2).encode(), "README.md": CARD.encode()}.items():
+    files = {**side_files(text), "config.json": json.dumps(config, indent=2).encode(), "README.md": CARD.encode()}
+    for file, content in (described(files) if fixture.described else files).items():
         (plain / file).write_bytes(content)
     write(plain, tensors, preset.mtp_file)
     if not fixture.fp8:
@@ -151,6 +169,21 @@ def weights(tensor: TensorSpec) -> torch.Tensor:
     drawn = np.resize(np.roll(table(), -start)[: tensor.elements], tensor.shape).astype(np.float32)
     made = torch.from_numpy(drawn * np.float32(deviation / 181) + np.float32(mean))
     return made if tensor.dtype == "float32" else made.to(torch.bfloat16)
+
+
+def described(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files beside the weights, with all that the converter has a rule for."""
+    tokenizer, settings, sampling = (json.loads(files[name]) for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"))
+    last = max(token["id"] for token in tokenizer["added_tokens"])
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    for number, token in enumerate(("<|mine|>", "a\u2581b", "<pad>", "<unused5>", "<x>"), last + 1):
+        tokenizer["added_tokens"].append({"id": number, "content": token, **flags})
+    tokenizer["model"]["merges"] = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
+    templates = [{"name": "tool use", "template": "{{ tools }}"}, {"name": "default", "template": "{{ messages }}"}]
+    settings |= {"cls_token": "<sop>", "sep_token": "<eop>", "unk_token": "[MASK]", "eos_token": None, "chat_template": templates}
+    sampling |= {"top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1, "temperature": 0.6}
+    changed = {"tokenizer.json": tokenizer, "tokenizer_config.json": settings, "generation_config.json": sampling}
+    return {**files, **{name: json.dumps(value).encode() for name, value in changed.items()}, "README.md": LONG_CARD.encode()}
 
 
 def write(folder: Path, tensors: list[TensorSpec], mtp_file: str) -> None:
