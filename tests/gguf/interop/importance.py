@@ -34,7 +34,7 @@ def sums_of(content: Content, layers: int, *, unseen: bool) -> Sums:
     The heads of latent attention share a count, and their sums lie flat, as llama-imatrix has it.
     """
     found = {}
-    for row in content.rows:
+    for row in sorted(content.rows, key=lambda row: row.name):
         block = row.name.split(".")
         inside = row.name == "output.weight" or (block[0] == "blk" and int(block[1]) < layers)
         if not inside or len(row.ne) < 2 or not row.name.endswith(".weight") or (unseen and row.name in UNSEEN):
