@@ -118,6 +118,12 @@ def test_mtp_layers_are_counted_where_there_are_any(how):
     assert "glm4moe.nextn_predict_layers" not in found
 
 
+def test_no_mtp_layer_is_said_where_the_config_says_so_and_the_converter_repeats_it():
+    for name, key in (("glm4.5-106B-A12B", "glm4moe"), ("glm5-744B-A40B", "glm-dsa")):
+        assert of_preset(name, num_nextn_predict_layers=0)[f"{key}.nextn_predict_layers"] == 0
+    assert "deepseek2.nextn_predict_layers" not in of_preset("glm4.7-flash-30B-A3B", num_nextn_predict_layers=0)
+
+
 def test_configs_that_say_it_otherwise_give_the_same_keys():
     lite = of_preset("glm4.7-flash-30B-A3B")
     saved = {"first_k_dense_replace": None, "rope_theta": None, "mlp_layer_types": ["dense"] + ["sparse"] * 46,

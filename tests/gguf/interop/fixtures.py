@@ -41,6 +41,7 @@ QUANTIZED = (
 )  # fmt: skip
 ALL = ("F32", "F16", "BF16", *QUANTIZED)
 SOME = ("BF16", "Q8_0", "Q4_K_M", "Q2_K", "IQ4_NL", "MXFP4_MOE")
+LONG = ("Q4_0", "Q4_K_S", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ4_XS")
 WIDE = ("Q8_0", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_XS", "TQ1_0", "MXFP4_MOE")
 CARD = """---
 license: mit
@@ -92,8 +93,9 @@ class Fixture:
 
 
 FIXTURES = {
+    "glm4_moe": Fixture("glm4.5-355B-A32B", 3, GROUPED),
     # long enough that an eighth of the layers is one
-    "glm4_moe": Fixture("glm4.5-355B-A32B", 8, GROUPED),
+    "glm4_moe-long": Fixture("glm4.5-355B-A32B", 8, GROUPED, LONG, LONG),
     # experts' rows of whole super-blocks; no QK-norm
     "glm4_moe-wide": Fixture("glm4.5-106B-A12B", 2, {**GROUPED, "moe_intermediate_size": 256}, WIDE, ("Q4_K_M", "Q3_K_M", "IQ4_XS")),
     # rows that only blocks of 32 divide; MTP in a file of its own, without embedding and head
@@ -109,8 +111,9 @@ FIXTURES = {
     "glm_moe_dsa-fp8": Fixture("glm5-744B-A40B", 4, INDEXED, SOME, ("Q4_K_M",), fp8="fp8"),
     "glm4_moe-v2.1-35B-described": Fixture("glm4.5-355B-A32B", 2, GROUPED, ("Q8_0",), (), described=True),
     "glm4_moe-channel": Fixture("glm4.5-355B-A32B", 4, GROUPED, SOME, (), fp8="fp8:channel"),
+    "glm4": Fixture("glm4-9B-0414", 4, GROUPED, old=True),
     # a sixteenth of the layers is one
-    "glm4": Fixture("glm4-9B-0414", 16, {**GROUPED, "intermediate_size": 256}, old=True),
+    "glm4-long": Fixture("glm4-9B-0414", 16, {**GROUPED, "intermediate_size": 256}, LONG, LONG),
     "glm4-odd": Fixture("glm4-32B-0414", 3, {**GROUPED, "hidden_size": 320, "num_attention_heads": 4}, SOME, ("Q4_K_M", "Q2_K_S"), unseen=False),
     "glm5_next": Fixture("glm5.3-flash-321B", 5, {**INDEXED, "qk_rope_head_dim": 0, "qk_head_dim": 64}),
 }

@@ -61,7 +61,7 @@ def compared(name: str, source: Path, peer: Peer, work: Path) -> bool:
     said = [(key, line) for key, held in ours.items() for line in differences(held, theirs[key])]
     differing = len({key for key, _ in said})
     left = f", {len(theirs) - len(ours)} not compared: no --imatrix" if len(ours) < len(theirs) else ""
-    say(f"{name:24}{len(ours) - differing:4} of {len(ours)} files the same{left}, {time.perf_counter() - began:.1f} s")
+    say(f"{name:28}{len(ours) - differing:4} of {len(ours)} files the same{left}, {time.perf_counter() - began:.1f} s")
     for key, line in said:
         say(f"    {key}: {line}")
     return not said
