@@ -6,13 +6,17 @@ SOAK ?= tests
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEMO := build/demo
+INTEROP := build/interop
+LLAMA := $(INTEROP)/vendor/llama.cpp
+QUANTIZE := $(INTEROP)/build/bin/llama-quantize
+CMAKE := $(or $(shell command -v cmake),$(INTEROP)/tools/bin/cmake)
 GLMCONV := HF_HUB_OFFLINE=1 $(BIN)/glmconv
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format docs soak bench clean
+.PHONY: help setup demo test interop lint format docs soak bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +46,21 @@ demo: $(INSTALLED) ## Make a toy GLM-4.5, convert it to torch_dist and back, ver
 
 test: $(INSTALLED) ## Run all tests in their short form
 	@$(BIN)/python -m pytest -n $(JOBS) -q -m 'not soak' --durations=10
+
+interop: $(INSTALLED) $(QUANTIZE) ## Build llama.cpp, hold whole GGUF files against its own, and write tests/vectors/interop anew
+	$(BIN)/python -m tests.gguf.interop.live $(INTEROP)
+
+# The sources lie inside PyPI's llama-cpp-python. Its own build makes a library for Python; these are its programs
+$(QUANTIZE): tests/gguf/interop/llama_cpp.txt | $(INSTALLED)
+	@command -v c++ >/dev/null || { echo 'a C++ compiler is needed to build llama.cpp' >&2; exit 1; }
+	rm -rf $(INTEROP) && mkdir -p $(INTEROP)
+	command -v cmake >/dev/null || { $(PYTHON) -m venv $(INTEROP)/tools && $(INTEROP)/tools/bin/pip install --quiet cmake; }
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --require-hashes -d $(INTEROP) -r $<
+	tar -xzf $(INTEROP)/llama_cpp_python-*.tar.gz -C $(INTEROP) --strip-components=1 --wildcards '*/vendor/llama.cpp'
+	$(CMAKE) -S $(LLAMA) -B $(INTEROP)/build -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+		-DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_MTMD=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_OPENSSL=OFF >$(INTEROP)/cmake.log
+	$(CMAKE) --build $(INTEROP)/build --parallel $(JOBS) --target llama-quantize llama-gguf-split >$(INTEROP)/build.log
+	@touch $@
 
 lint: $(INSTALLED) ## Check style, format and types
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ def test_constraints_name_packages_and_versions_only():
 
 def test_make_alone_lists_the_targets():
     shown = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("setup", "demo", "test", "lint", "format", "soak", "bench", "clean"):
+    for target in ("setup", "demo", "test", "interop", "lint", "format", "soak", "bench", "clean"):
         assert f"make {target} " in shown
 
 

@@ -6,10 +6,12 @@ layers before the first with experts are counted from the schedule, MTP layers a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from glmconv.archs import Model, text_of
+from glmconv.archs.model import field_of
+from glmconv.archs.schedules import indexed
 from glmconv.errors import SourceError, UnsupportedError
 from glmconv.formats.gguf_general import general_entries
 from glmconv.formats.gguf_tokenizer import tokenizer_entries
@@ -128,17 +130,17 @@ class _Keys:
         ]
         if "experts" in s:
             found += self.experts()
+        if self.next:
+            return [*found, *self.next_model()]
         found += self.latent_attention() if self.latent else self.grouped_attention()
         if "experts" in s:
             found += self.expert_sizes()
         if self.latent:
             found.append(self.number("rope.dimension_count", s["rope"]))
-        if self.mtp:
-            found.append(self.number("nextn_predict_layers", self.mtp))
+        found += self.mtp_layers()
         if "index_heads" in s:
             found += self.indexer()
-        if self.next:
-            found += self.linear_attention()
+            found.append(self.index_types(self.model.layers["indexed"]))
         return found
 
     def key(self, name: str, kind: Kind, value: object) -> Entry:
@@ -232,17 +234,22 @@ class _Keys:
         yield self.number("rope.dimension_count", int(self.head_size * part))
 
     def latent_attention(self) -> Iterator[Entry]:
-        s = self.s
         if self.architecture == "glm-dsa":
             yield from self.head_lengths()
         yield self.leading_dense()
-        yield self.number("vocab_size", s["vocab"])
-        yield self.number("attention.q_lora_rank", s["q_rank"])
-        yield self.number("attention.kv_lora_rank", s["kv_rank"])
+        yield self.number("vocab_size", self.s["vocab"])
+        yield from self.ranks()
         if self.architecture != "glm-dsa":
             yield from self.head_lengths()
-        yield self.number("attention.key_length_mla", s["nope"] + s["rope"])
-        yield self.number("attention.value_length_mla", s["v_dim"])
+        yield from self.latent_lengths()
+
+    def ranks(self) -> Iterator[Entry]:
+        yield self.number("attention.q_lora_rank", self.s["q_rank"])
+        yield self.number("attention.kv_lora_rank", self.s["kv_rank"])
+
+    def latent_lengths(self) -> Iterator[Entry]:
+        yield self.number("attention.key_length_mla", self.s["nope"] + self.s["rope"])
+        yield self.number("attention.value_length_mla", self.s["v_dim"])
 
     def leading_dense(self) -> Entry:
         """The layers before the first with experts, whatever way the config says that."""
@@ -261,28 +268,47 @@ class _Keys:
         if self.flag("norm_topk_prob") or not self.latent:
             yield self.key("expert_weights_norm", Kind.BOOL, self.flag("norm_topk_prob"))
 
+    def mtp_layers(self) -> Iterator[Entry]:
+        """How many; none is said where the config says so itself, but by two architectures only."""
+        if self.mtp or (self.text.get("num_nextn_predict_layers") == 0 and self.architecture in ("glm4moe", "glm-dsa")):
+            yield self.number("nextn_predict_layers", self.mtp)
+
     def indexer(self) -> Iterator[Entry]:
-        full = set(self.model.layers["indexed"])
         yield self.number("attention.indexer.head_count", self.s["index_heads"])
         yield self.number("attention.indexer.key_length", self.s["index_dim"])
         yield self.number("attention.indexer.top_k", self.whole("index_topk"))
-        if not self.next:
-            types = [layer in full for layer in range(self.s["layers"])]
-            yield self.key("attention.indexer.types", Kind.ARRAY, Array(Kind.BOOL, types))
 
-    def linear_attention(self) -> Iterator[Entry]:
-        """What GLM-5.3-Flash has beyond deepseek2's."""
-        linear = self.text.get("linear_attn_config")
-        bound = linear.get("gate_lower_bound") if isinstance(linear, Mapping) else self.field("linear_lower_bound")
+    def index_types(self, full: Collection[int]) -> Entry:
+        """Which of the decoder's layers select for themselves."""
+        types = [layer in full for layer in range(self.s["layers"])]
+        return self.key("attention.indexer.types", Kind.ARRAY, Array(Kind.BOOL, types))
+
+    def next_model(self) -> Iterator[Entry]:
+        """GLM-5.3-Flash from its vocabulary on: nearly what deepseek2 has and more, in another order."""
+        yield self.number("vocab_size", self.s["vocab"])
         yield self.key("attention.layer_norm_epsilon", Kind.F32, single(1e-6, "layer_norm_epsilon", CONFIG))
-        yield self.number("ssm.conv_kernel", self.s["kernel"])
-        yield self.number("kda.head_dim", self.s["linear_dim"])
-        yield self.real("kda.gate_lower_bound", bound, "gate_lower_bound")
+        yield from self.mtp_layers()
+        yield from self.linear_attention()
+        yield from self.ranks()
+        yield self.number("rope.dimension_count", self.s["rope"])
+        yield from self.head_lengths()
+        yield from self.latent_lengths()
+        yield from self.indexer()
         yield self.number("attention.indexer.kpool", self.s["pool"])
         yield self.key("attention.indexer.kpool_select_tail", Kind.BOOL, self.flag("index_kpool_always_select_tail"))
+        yield self.index_types(indexed("")(self.s, lambda path: field_of(self.text, path)))  # of every layer, whatever its attention
         yield self.number("hyper_connection.count", self.s["streams"])
         yield self.number("hyper_connection.sinkhorn_iterations", self.whole("hc_sinkhorn_iters"))
         yield self.real("hyper_connection.epsilon", self.field("hc_eps"), "hc_eps")
+        yield self.leading_dense()
+        yield from self.expert_sizes()
         limit = single(self.field("swiglu_limit"), "swiglu_limit", CONFIG)
         for key in ("swiglu_clamp_exp", "swiglu_clamp_shexp"):
             yield self.key(key, Kind.ARRAY, Array(Kind.F32, [limit] * self.blocks))
+
+    def linear_attention(self) -> Iterator[Entry]:
+        linear = self.text.get("linear_attn_config")
+        bound = linear.get("gate_lower_bound") if isinstance(linear, Mapping) else self.field("linear_lower_bound")
+        yield self.number("ssm.conv_kernel", self.s["kernel"])
+        yield self.number("kda.head_dim", self.s["linear_dim"])
+        yield self.real("kda.gate_lower_bound", bound, "gate_lower_bound")

@@ -60,7 +60,10 @@ class Turned:
 
 @dataclass(frozen=True)
 class Decay:
-    """-exp(x), rounded to float32 as llama.cpp's converter does."""
+    """-exp(x), rounded once to float32, so that every machine gives the same.
+
+    llama.cpp's converter asks torch, which is one unit in the last place off for one value in a hundred, and not the same on each processor.
+    """
 
     stored: RowReader
     dtype: DType = BY_NAME["float32"]
@@ -81,7 +84,7 @@ class Decay:
             values = (stored.view("<u2").astype(np.uint32) << 16).view(np.float32)
         else:
             values = stored.view({"float16": "<f2", "float32": "<f4"}[self.stored.dtype.name]).astype(np.float32)
-        np.frombuffer(out, np.float32)[:] = -np.exp(values)
+        np.frombuffer(out, np.float32)[:] = -np.exp(values.astype(np.float64))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Source: llama.cpp's convert_hf_to_gguf.py (get_vocab_base and the GLM classes' s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from glmconv.formats.gguf_types import Array, Entry, Kind
 from glmconv.strict_json import array, integer, mapping, parse, string
 
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+DEFAULT = "default"  # the name of the chat template where there are several
 SPLIT = (  # of every GLM since 4-0414; llama.cpp calls it glm4
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -21,7 +23,10 @@ LARGEST = 32 << 20
 VALUES, CONTAINERS = 2_000_000, 600_000  # GLM-5's tokenizer.json: 1.1 million values, 322,000 arrays
 SPACE = chr(ord(" ") + 256)
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-FROM_SETTINGS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+FROM_SETTINGS = ("bos", "eos", "unk", "sep", "pad", "mask")
+STAND_IN = {"bos": "cls", "eos": "sep"}  # where tokenizer_config.json has none
+CONTROLS = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>", re.DOTALL)  # whatever their flags say
+PLAIN = re.compile(r"[^A-Za-z0-9]")
 KEYS = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # so spelled
 # What the converter sets where the release's own files have not
 FORCED = {"bos": "[gMASK]", "eot": "<|user|>", "unk": "<|endoftext|>", "eom": "<|observation|>"}
@@ -37,7 +42,7 @@ class Tokenizer:
     special: frozenset[str]
     merges: Sequence[str]
     settings: Mapping[str, object]
-    template: str | None
+    templates: Mapping[str, str]  # by name
 
 
 def tokenizer_entries(architecture: str, vocab_size: int, config: Mapping[str, object], files: Mapping[str, bytes]) -> list[Entry]:
@@ -58,9 +63,7 @@ def tokenizer_entries(architecture: str, vocab_size: int, config: Mapping[str, o
     ids = _special_ids(tokenizer, config, FORCED_IN_GLM4 if architecture == "glm4" else FORCED, vocab_size)
     entries += [Entry(f"tokenizer.ggml.{KEYS.get(kind, kind)}_token_id", Kind.U32, number) for kind, number in ids.items()]
     entries += [Entry(f"tokenizer.ggml.add_{kind}_token", Kind.BOOL, False) for kind in ("bos", "eos")]  # the template begins with [gMASK]<sop>
-    if tokenizer.template is not None:
-        entries.append(Entry("tokenizer.chat_template", Kind.STRING, tokenizer.template))
-    return entries
+    return entries + _template_entries(tokenizer.templates)
 
 
 def read_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
@@ -81,7 +84,7 @@ def read_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
         special.discard(content)
         if token.get("special") is True:
             special.add(content)
-    return Tokenizer(vocab, added, frozenset(special), _merges(model), settings, _template(files, settings))
+    return Tokenizer(vocab, added, frozenset(special), _merges(model), settings, _templates(files, settings))
 
 
 def _read(files: Mapping[str, bytes], name: str) -> dict[str, object]:
@@ -139,17 +142,30 @@ def _merges(model: Mapping[str, object]) -> list[str]:
     return found
 
 
-def _template(files: Mapping[str, bytes], settings: Mapping[str, object]) -> str | None:
-    if TEMPLATE in files:
+def _templates(files: Mapping[str, bytes], settings: Mapping[str, object]) -> dict[str, str]:
+    """The chat templates by name. As for the converter, tokenizer_config.json's goes before the file of its own."""
+    if "chat_template" not in settings and TEMPLATE in files:
         try:
-            return files[TEMPLATE].decode("utf-8")
+            text = files[TEMPLATE].decode("utf-8")
         except UnicodeDecodeError as problem:
             raise SourceError("is not UTF-8.", file=TEMPLATE, offset=problem.start) from None
+        return {DEFAULT: text.replace("\r\n", "\n").replace("\r", "\n")}
     found = settings.get("chat_template")
-    if isinstance(found, list):  # several by name
-        named = [mapping(choice, "a chat template", SETTINGS) for choice in found]
-        found = next((choice.get("template") for choice in named if choice.get("name") == "default"), None)
-    return None if found is None else string(found, "chat_template", SETTINGS)
+    if not isinstance(found, list):
+        return {} if found is None else {DEFAULT: string(found, "chat_template", SETTINGS)}
+    named = [mapping(choice, "a chat template", SETTINGS) for choice in found]
+    texts = {choice.get("name"): choice.get("template") for choice in named}
+    return {PLAIN.sub("_", name): string(text, name, SETTINGS) for name, text in texts.items() if isinstance(name, str) and name and text is not None}
+
+
+def _template_entries(templates: Mapping[str, str]) -> list[Entry]:
+    others = [name for name in templates if name != DEFAULT]
+    entries = [Entry(f"tokenizer.chat_template.{name}", Kind.STRING, templates[name]) for name in others]
+    if others:
+        entries.append(Entry("tokenizer.chat_templates", Kind.ARRAY, Array(Kind.STRING, others)))
+    if DEFAULT in templates:
+        entries.append(Entry("tokenizer.chat_template", Kind.STRING, templates[DEFAULT]))
+    return entries
 
 
 def _tokens(tokenizer: Tokenizer, size: int) -> tuple[list[str], list[int]]:
@@ -167,7 +183,7 @@ def _tokens(tokenizer: Tokenizer, size: int) -> tuple[list[str], list[int]]:
             kind = UNUSED
         elif token not in tokenizer.added:
             kind = NORMAL
-        elif token in tokenizer.special or (token.startswith("<|") and token.endswith("|>")):
+        elif token in tokenizer.special or CONTROLS.fullmatch(token):
             kind = CONTROL
         else:
             kind, token = USER_DEFINED, token.replace("\u2581", " ")
@@ -180,7 +196,7 @@ def _special_ids(tokenizer: Tokenizer, config: Mapping[str, object], forced: Map
     """Kind -> id. The first to name a kind wins: tokenizer_config.json, config.json where it names one id, the converter."""
     ids: dict[str, int] = {}
     for kind in FROM_SETTINGS:
-        entry = tokenizer.settings.get(f"{kind}_token")
+        entry = tokenizer.settings.get(f"{kind}_token") or tokenizer.settings.get(f"{STAND_IN.get(kind)}_token")
         content = entry.get("content") if isinstance(entry, dict) else entry
         if isinstance(content, str) and content in tokenizer.added:
             ids[kind] = tokenizer.added[content]

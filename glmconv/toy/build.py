@@ -24,7 +24,7 @@ from glmconv.toy.weights import Literal, Tables, toy_rows
 
 @dataclass(frozen=True)
 class ToyOptions:
-    """How small: `scale` multiplies every width, 1 keeps them all true; `layers` and `experts` None keep the preset's number."""
+    """How small: `scale` multiplies every width, 1 keeps them all true; `layers`, `experts`, `vocabulary` None keep the preset's, scaled."""
 
     layers: int | None = 5
     experts: int | None = 16
@@ -32,12 +32,13 @@ class ToyOptions:
     seed: int = 0
     mtp: bool = True
     file_size: int | None = None
+    vocabulary: int | None = None
 
 
 def toy_checkpoint(preset_name: str, options: ToyOptions) -> Checkpoint:
     """A source of any size that lies nowhere: its rows are made as they are read."""
     spec, preset = preset_named(preset_name)
-    config = small_config(spec, preset.config, Shrinking(options.layers, options.experts, options.scale, options.mtp))
+    config = small_config(spec, preset.config, Shrinking(options.layers, options.experts, options.scale, options.mtp, options.vocabulary))
     aliases = preset.aliases and options.mtp
     model = bind(spec, config, aliases=aliases, file=f"toy {preset.name}")
     tables = Tables(options.seed)

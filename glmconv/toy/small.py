@@ -24,12 +24,13 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class Shrinking:
-    """How small: `scale` multiplies every width, 1 keeps them all true; `layers` and `experts` None keep the preset's number."""
+    """How small: `scale` multiplies every width, 1 keeps them all true; `layers`, `experts`, `vocabulary` None keep the preset's, scaled."""
 
     layers: int | None
     experts: int | None
     scale: Fraction
     mtp: bool
+    vocabulary: int | None = None
 
     def scaled(self, value: int, step: int, least: int) -> int:
         if self.scale == 1 or value == 0:
@@ -56,7 +57,7 @@ def _language_model(text: Fields, how: Shrinking) -> Fields:
     layers = how.layers or text["num_hidden_layers"]
     ids = special_ids()
     small |= {
-        "vocab_size": max(SMALLEST_VOCABULARY, how.scaled(text["vocab_size"], 8, SMALLEST_VOCABULARY)),
+        "vocab_size": max(SMALLEST_VOCABULARY, how.vocabulary or how.scaled(text["vocab_size"], 8, SMALLEST_VOCABULARY)),
         "num_hidden_layers": layers,
         "eos_token_id": [ids["<|endoftext|>"], ids["<|user|>"], ids["<|observation|>"]],
         "pad_token_id": ids["<|endoftext|>"],

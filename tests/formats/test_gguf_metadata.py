@@ -118,6 +118,12 @@ def test_mtp_layers_are_counted_where_there_are_any(how):
     assert "glm4moe.nextn_predict_layers" not in found
 
 
+def test_no_mtp_layer_is_said_where_the_config_says_so_and_the_converter_repeats_it():
+    for name, key in (("glm4.5-106B-A12B", "glm4moe"), ("glm5-744B-A40B", "glm-dsa")):
+        assert of_preset(name, num_nextn_predict_layers=0)[f"{key}.nextn_predict_layers"] == 0
+    assert "deepseek2.nextn_predict_layers" not in of_preset("glm4.7-flash-30B-A3B", num_nextn_predict_layers=0)
+
+
 def test_configs_that_say_it_otherwise_give_the_same_keys():
     lite = of_preset("glm4.7-flash-30B-A3B")
     saved = {"first_k_dense_replace": None, "rope_theta": None, "mlp_layer_types": ["dense"] + ["sparse"] * 46,
@@ -280,18 +286,24 @@ def test_a_token_that_looks_special_is_one_and_settings_win_over_tokenizer_json(
     assert (tokens[900], tokens[901]) == ("<|mine|>", "a b")
 
 
-def test_the_template_is_the_files_else_the_settings():
+def test_the_template_is_the_settings_else_the_files():
     files = side_files(SMALL)
-    assert tokenizer_of(files)["tokenizer.chat_template"] == files["chat_template.jinja"].decode()
-    del files["chat_template.jinja"]
+    assert tokenizer_of(files | {"chat_template.jinja": b"a\r\nb"})["tokenizer.chat_template"] == "a\nb"
+    given_ = json.loads(files["tokenizer_config.json"]) | {"chat_template": "{{ x }}"}
+    files["tokenizer_config.json"] = json.dumps(given_).encode()
+    assert tokenizer_of(files)["tokenizer.chat_template"] == "{{ x }}"
+    given_["chat_template"] = [{"name": "tool use", "template": "t"}, {"name": "default", "template": "{{ x }}"}]
+    files["tokenizer_config.json"] = json.dumps(given_).encode()
+    found = tokenizer_of(files)
+    assert (found["tokenizer.chat_template.tool_use"], found["tokenizer.chat_template"]) == ("t", "{{ x }}")
+    assert found["tokenizer.chat_templates"] == Array(Kind.STRING, ["tool_use"])
+    del given_["chat_template"], files["chat_template.jinja"]
+    files["tokenizer_config.json"] = json.dumps(given_).encode()
     assert "tokenizer.chat_template" not in tokenizer_of(files)
-    for template in ("{{ x }}", [{"name": "tool", "template": "t"}, {"name": "default", "template": "{{ x }}"}]):
-        given_ = json.loads(files["tokenizer_config.json"]) | {"chat_template": template}
-        assert tokenizer_of(files | {"tokenizer_config.json": json.dumps(given_).encode()})["tokenizer.chat_template"] == "{{ x }}"
 
 
 def test_the_fixed_tokenizer_of_glm_is_recognised_by_its_regex_alone():
-    assert read_tokenizer(toy_files()).template is not None
+    assert list(read_tokenizer(toy_files()).templates) == ["default"]
     document = json.loads(side_files(SMALL)["tokenizer.json"])
     for spoil in (
         lambda: document["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\p{L}+"),
