@@ -129,12 +129,16 @@ class GgmlEncoder:
             slices = given[0] if len(given) == 2 else 1
             if given not in ((columns,), (slices, columns)) or not slices or rows % slices:
                 raise SourceError(f"has an importance of {list(given)} for a weight of {list(self.shape)}.")
-            if isinstance(self.importance, np.ndarray) and not np.isfinite(self.importance).all():
-                raise SourceError("has an importance that is NaN or infinite.", hint="Is the importance matrix damaged?")
-            if self.kind.name in CODEBOOKS and (self.importance < 0).any():
-                raise SourceError(f"has an importance below 0, which {self.kind.name} cannot heed.", hint="Is the importance matrix damaged?")
+            if isinstance(self.importance, np.ndarray):
+                self._check(self.importance)
         elif self.kind.name in IMPORTANCE_NEEDED:
             raise UnsupportedError(f"{self.kind.name} needs an importance matrix.", hint="Give one, or choose a type without: IQ2_S, IQ1_M, Q2_K.")
+
+    def _check(self, importance: Array) -> None:
+        if not np.isfinite(importance).all():
+            raise SourceError("has an importance that is NaN or infinite.", hint="Is the importance matrix damaged?")
+        if self.kind.name in CODEBOOKS and (importance < 0).any():
+            raise SourceError(f"has an importance below 0, which {self.kind.name} cannot heed.", hint="Is the importance matrix damaged?")
 
     @property
     def heeds(self) -> bool:
