@@ -1,6 +1,6 @@
 """ggml's block types for torch tensors on a GPU, with the bytes of kernels/ggml.py and so of libggml: the searches for scales run in Triton.
 
-Where finite values are so large that a float16 scale or a sum on the way to it overflows, the signs of NaN may differ; llama.cpp refuses such tensors.
+Where finite values are so large that a sum on the way to a scale overflows, NaN of another sign may be stored; llama.cpp refuses such tensors.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from glmconv.kernels.gpu.ggml_layout import LAYOUTS
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ENCODERS: Mapping[str, Callable[[str, Tensor, Tensor | None], Tensor]] = {
-    "Q8_0": lambda _, rows, __: ggml_simple.encode_q8_0(rows),
-    "MXFP4": lambda _, rows, __: ggml_simple.encode_mxfp4(rows),
+    "Q8_0": ggml_simple.encode_q8_0,
+    "MXFP4": ggml_simple.encode_mxfp4,
     **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1"), ggml_simple.encode_fours),
     **dict.fromkeys(("Q2_K", "Q4_K", "Q5_K"), ggml_k.encode_with_minimum),
-    **dict.fromkeys(("Q3_K", "Q6_K"), ggml_k.encode_signed),
+    "Q3_K": ggml_k.encode_q3_k,
+    "Q6_K": ggml_k.encode_q6_k,
     **dict.fromkeys(("IQ4_NL", "IQ4_XS"), ggml_iq4.encode_iq4),
-    **dict.fromkeys(("TQ1_0", "TQ2_0"), lambda name, rows, _: ggml_simple.encode_ternary(name, rows)),
+    **dict.fromkeys(("TQ1_0", "TQ2_0"), ggml_simple.encode_ternary),
 }
 
 
 def encode(name: str, rows: Tensor, importance: Tensor | None = None) -> Tensor:
-    """Each row for itself, to uint8 [n, bytes of a row].
+    """Each row for itself, to uint8 [n, bytes of a row]; F32's may be a view.
 
     rows:       [n, columns] of float32, bfloat16 or float16, whole blocks, finite; what NaN and Inf become means nothing
     importance: float32 [columns] on the same device, finite: how much each column's error weighs; the types without a search do without it
@@ -52,5 +53,7 @@ def decode(name: str, blocks: Tensor, columns: int) -> Tensor:
         return decode_float(blocks, FLOATS[name])
     layout = LAYOUTS[name]
     if columns % layout.values or blocks.shape[1] != columns // layout.values * layout.size:
-        raise ValueError(f"{list(blocks.shape)} bytes are given for rows of {columns} values of {name}, blocks of {layout.values} in {layout.size} bytes")
+        raise ValueError(
+            f"{name} has {layout.values} values in {layout.size} bytes; {list(blocks.shape)} bytes are given for rows of {columns} values"
+        )
     return decode_blocks(name, blocks).reshape(len(blocks), columns)

@@ -23,13 +23,13 @@ LEAST, LAST = tl.constexpr(VALUES[0]), tl.constexpr(VALUES[-1])
 
 def encode_iq4(name: str, rows: Tensor, importance: Tensor | None) -> Tensor:
     """IQ4_NL, IQ4_XS."""
-    layout, given = LAYOUTS[name], importance is not None
+    layout = LAYOUTS[name]
     x = beside(rows, 32)
     count, each = x.shape[1], layout.values // 32
-    w = x if importance is None else weighed(rows, x, importance, layout.values, layout.values // 2)
+    w = x * x if importance is None else weighed(rows, x, importance, layout.values, layout.values // 2)
     codes, (scales, factors) = torch.empty_like(x, dtype=torch.uint8), torch.empty((2, count), dtype=torch.float32, device=x.device)
     halves = torch.empty((count // each, 1), dtype=torch.int16, device=x.device)
-    launch_lanes(_search, count, x, w, scales, GIVEN=given)
+    launch_lanes(_search, count, x, w, scales)
     if name == "IQ4_XS":
         small = torch.empty((count // each, each), dtype=torch.uint8, device=x.device)
         launch_lanes(_small_scales, count // each, scales, small, factors, halves)
@@ -61,13 +61,13 @@ def _nearest_code(v):
 
 
 @triton.jit
-def _products(x, w, at, stride, factor, GIVEN: tl.constexpr):
-    """The sums of w v x and w v v for the values v that `factor` gives; w is x x if there are no weights."""
+def _products(x, w, at, stride, factor):
+    """The sums of w v x and w v v for the values v that `factor` gives."""
     a, b = nothing(at), nothing(at)
     for _ in range(32):
         v = tl.load(x + at)
         value = _nearest_value(factor * v)
-        wq = (tl.load(w + at) if GIVEN else v * v) * value
+        wq = tl.load(w + at) * value
         a += wq * v
         b += wq * value
         at += stride
@@ -75,16 +75,16 @@ def _products(x, w, at, stride, factor, GIVEN: tl.constexpr):
 
 
 @triton.jit
-def _search(x, w, scales, count, GIVEN: tl.constexpr, SIZE: tl.constexpr):
+def _search(x, w, scales, count, SIZE: tl.constexpr):
     """The scale that fits each sub-block best, 0 where all values are below EPSILON."""
     at, inside = lanes(count, SIZE)
     top = greatest(x, at, count, 32)
-    a, b = _products(x, w, at, count, tl.div_rn(1.0, tl.div_rn(top * -1.0, LEAST)), GIVEN)
+    a, b = _products(x, w, at, count, tl.div_rn(1.0, tl.div_rn(top * -1.0, LEAST)))
     d = tl.where(b > 0.0, tl.div_rn(a, b), 0.0)
     best = d * a
     k = nothing(at) - 7.0
     for _ in range(15):
-        a, b = _products(x, w, at, count, tl.div_rn(k + LEAST, top), GIVEN)
+        a, b = _products(x, w, at, count, tl.div_rn(k + LEAST, top))
         fitted = tl.div_rn(a, b)
         won = (b > 0.0) & (a * a > best * b)
         d, best = tl.where(won, fitted, d), tl.where(won, fitted * a, best)

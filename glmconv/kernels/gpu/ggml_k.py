@@ -15,8 +15,8 @@ from torch import Tensor
 from glmconv.kernels.gpu.floats import to_float16, widen
 from glmconv.kernels.gpu.ggml_layout import LAYOUTS, blocks_of, put, put_bytes, put_six_bits
 from glmconv.kernels.gpu.ggml_search import EPSILON, greatest, held, lanes, nearest, nothing, positive, signed
-from glmconv.kernels.gpu.ggml_sub_blocks import WITH_IMPORTANCE, again, search_signed, search_with_minimum
-from glmconv.kernels.gpu.ggml_weights import weighed
+from glmconv.kernels.gpu.ggml_sub_blocks import WITH_IMPORTANCE, again, search_by_descent, search_signed, search_with_minimum
+from glmconv.kernels.gpu.ggml_weights import raised, repeated, weighed
 from glmconv.kernels.gpu.launch import beside, launch_lanes
 
 SUPER = 256
@@ -33,48 +33,69 @@ def floats(like: Tensor, *shape: int) -> Tensor:
 
 def encode_with_minimum(name: str, rows: Tensor, importance: Tensor | None) -> Tensor:
     """Q2_K, Q4_K, Q5_K."""
-    layout, given = LAYOUTS[name], importance is not None
-    n = layout.sub
+    layout, given, two = LAYOUTS[name], importance is not None, name == "Q2_K"
+    n, each = layout.sub, SUPER // layout.sub
     x = beside(rows, n)
-    count, each = x.shape[1], SUPER // n
-    w = x if importance is None else weighed(rows, x, importance, SUPER, SUPER if name == "Q2_K" else SUPER // 2)
-    codes, found = torch.empty_like(x, dtype=torch.uint8), floats(x, 3, count)
-    rule = RULES[name] | (WITH_IMPORTANCE if given else {})
-    launch_lanes(search_with_minimum, count, x, w, codes, *found, N=n, ROOTED=name != "Q2_K", GIVEN=given, **rule)
+    w = _weights(name, rows, x, importance)
+    count, rule = x.shape[1], RULES[name] | (WITH_IMPORTANCE if given else {})
+    codes, found, steps = torch.empty_like(x, dtype=torch.uint8), floats(x, 3, count), floats(x, 2, count)
+    launch_lanes(search_with_minimum, count, x, w, codes, *found, N=n, **rule)
     halves = torch.empty((count // each, 2), dtype=torch.int16, device=x.device)
     small = torch.empty((2, count // each, each), dtype=torch.uint8, device=x.device)
-    steps = floats(x, 2, count)
-    launch_lanes(_scales_with_minimum, count // each, *found, *small, *steps, halves, EACH=each, MOST=15 if name == "Q2_K" else 63, GIVEN=given)
+    launch_lanes(_scales_with_minimum, count // each, *found, *small, *steps, halves, EACH=each, MOST=15 if two else 63, GIVEN=given)
     launch_lanes(again, count, x, codes, *steps, N=n, LOW=0, HIGH=rule["NMAX"], LIFTED=True)
     out = blocks_of(layout, codes)
     put_bytes(out, layout.d, halves)
-    if name == "Q2_K":
+    if two:
         out[:, :16] = small[0] | small[1] << 4
     else:
         put_six_bits(out, *small)
     return out
 
 
-def encode_signed(name: str, rows: Tensor, importance: Tensor | None) -> Tensor:
-    """Q3_K, Q6_K."""
-    layout, given, three = LAYOUTS[name], importance is not None, name == "Q3_K"
-    x = beside(rows, 16)
-    count, nmax = x.shape[1], 4 if three else 32
-    w = x
+def _weights(name: str, rows: Tensor, x: Tensor, importance: Tensor | None) -> Tensor:
     if importance is not None:
-        w = weighed(rows, x, importance, SUPER, SUPER // 2) if three else beside(importance, 16)
+        return weighed(rows, x, importance, SUPER, SUPER if name == "Q2_K" else SUPER // 2)
+    return x.abs() if name == "Q2_K" else raised(x)
+
+
+def encode_q3_k(name: str, rows: Tensor, importance: Tensor | None) -> Tensor:
+    """With importance the sub-blocks' scales are searched for like values."""
+    x = beside(rows, 16)
+    count = x.shape[1]
     codes, found = torch.empty_like(x, dtype=torch.uint8), floats(x, 2, count)
-    launch_lanes(search_signed, count, x, w, codes, *found, w.shape[1], N=16, NMAX=nmax, GIVEN=given, DESCENT=three and not given)
-    halves = torch.empty((count // 16, 1), dtype=torch.int16, device=x.device)
-    small, steps = torch.empty((count // 16, 16), dtype=torch.uint8, device=x.device), floats(x, count)
-    dead = torch.zeros((count // 16, 1), dtype=torch.uint8, device=x.device)
-    kernel = _searched_scales if three and given else _signed_scales
-    launch_lanes(kernel, count // 16, *found, small, steps, halves, dead, **({} if three and given else {"MOST": 32 if three else 128}))
+    if importance is None:
+        launch_lanes(search_by_descent, count, x, codes, found[0], N=16, NMAX=4)
+    else:
+        launch_lanes(search_signed, count, x, weighed(rows, x, importance, SUPER, SUPER // 2), codes, *found, N=16, NMAX=4)
+    return _finished(name, x, codes, found, 32, searched=importance is not None)
+
+
+def encode_q6_k(name: str, rows: Tensor, importance: Tensor | None) -> Tensor:
+    """With importance it is the weights; without, they are the squares."""
+    x = beside(rows, 16)
+    codes, found = torch.empty_like(x, dtype=torch.uint8), floats(x, 2, x.shape[1])
+    w = x * x if importance is None else repeated(x, importance)
+    launch_lanes(search_signed, x.shape[1], x, w, codes, *found, N=16, NMAX=32)
+    return _finished(name, x, codes, found, 128)
+
+
+def _finished(name: str, x: Tensor, codes: Tensor, found: Tensor, most: int, *, searched: bool = False) -> Tensor:
+    """Q3_K, Q6_K with scales up to `most`, of the sub-blocks' scales and sums of weights `found` and their first codes."""
+    layout, count = LAYOUTS[name], x.shape[1]
+    blocks = count // 16
+    small, steps = torch.empty((blocks, 16), dtype=torch.uint8, device=x.device), floats(x, count)
+    halves, dead = (torch.zeros((blocks, 1), dtype=dtype, device=x.device) for dtype in (torch.int16, torch.uint8))
+    if searched:
+        launch_lanes(_searched_scales, blocks, *found, small, steps, halves)
+    else:
+        launch_lanes(_signed_scales, blocks, found[0], small, steps, halves, dead, MOST=most)
+    nmax = layout.below
     launch_lanes(again, count, x, codes, steps, steps, N=16, LOW=-nmax, HIGH=nmax - 1, LIFTED=False)
     out = blocks_of(layout, codes)
     put_bytes(out, layout.d, halves)
     put(out, small, layout.scales)
-    return out if three else out.masked_fill_(dead.bool(), 0)
+    return out.masked_fill_(dead.bool(), 0)
 
 
 @triton.jit
@@ -128,11 +149,11 @@ def _put_scales(small, steps, halves, at, d, code, inside, ABOVE: tl.constexpr):
 
 
 @triton.jit
-def _signed_scales(scales, totals, small, steps, halves, dead, count, MOST: tl.constexpr, SIZE: tl.constexpr):
+def _signed_scales(scales, small, steps, halves, dead, count, MOST: tl.constexpr, SIZE: tl.constexpr):
     """The scale of the greatest magnitude becomes -MOST, the others multiples of it."""
     at, inside = lanes(count, SIZE)
     top = greatest(scales, 16 * at, 1, 16)
-    none = (top == 0.0) | (tl.abs(top) < EPSILON) if MOST == 128 else top == 0.0
+    none = tl.abs(top) < EPSILON if MOST == 128 else top == 0.0
     factor = tl.div_rn(-MOST * 1.0, top)
     code = nearest(factor[:, None] * tl.load(scales + 16 * at[:, None] + tl.arange(0, 16)[None, :]))
     code = tl.minimum(code, 127) if MOST == 128 else code
@@ -140,13 +161,13 @@ def _signed_scales(scales, totals, small, steps, halves, dead, count, MOST: tl.c
     code = code if MOST == 128 else tl.minimum(tl.maximum(code, -32), 31)
     d, code = tl.where(none, 0.0, tl.div_rn(1.0, factor)), tl.where(none[:, None], -32, code)
     _put_scales(small, steps, halves, at, d, code, inside, 0 if MOST == 128 else 32)
-    tl.store(dead + at, none.to(tl.uint8), inside)
+    tl.store(dead + at, (none & (MOST == 128)).to(tl.uint8), inside)  # Q6_K's blocks are all zeros then
 
 
 @triton.jit
-def _searched_scales(scales, totals, small, steps, halves, dead, count, SIZE: tl.constexpr):
+def _searched_scales(scales, totals, small, steps, halves, count, SIZE: tl.constexpr):
     """Scales searched for like values: six bits, weighed by their sub-blocks' weights."""
     at, inside = lanes(count, SIZE)
-    d, factor = signed(scales, totals, 16 * at, 16 * at, 1, 1, 16, 32, True)
+    d, factor = signed(scales, totals, 16 * at, 1, 16, 32)
     code = held(factor[:, None] * tl.load(scales + 16 * at[:, None] + tl.arange(0, 16)[None, :]), -32, 31)
     _put_scales(small, steps, halves, at, d, tl.where(factor[:, None] == 0.0, -32, code), inside, 32)

@@ -1,4 +1,4 @@
-"""Where ggml's blocks keep what: codes and scales as fields of bytes, the same for encoding and decoding. Bytes are put together by torch, in integers."""
+"""Where ggml's blocks keep what: codes and scales as fields of bytes, for encoding and decoding. Bytes are put together by torch, in integers."""
 
 from __future__ import annotations
 

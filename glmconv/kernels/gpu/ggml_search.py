@@ -1,7 +1,7 @@
 """kernels/ggml_search.py for Triton: one sub-block in each lane of a program, whose sums run in the order of ggml's scalar loops.
 
 The arrays lie as kernels/lanes.py has them: value i of each sub-block beside the others', `stride` after those of value i - 1, so that neighbouring
-lanes read neighbouring values. `at` is where a lane's first value is, `heavy` and `span` the same of its weights.
+lanes read neighbouring values. `at` is where a lane's first value and its weight lie.
 What is not at hand again is computed again, by the same operations: nothing that a lane writes is read by it.
 """
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from glmconv.kernels.gpu.floats import bits_of
 
 EPSILON = tl.constexpr(1e-15)
 
@@ -23,15 +21,16 @@ def lanes(count, SIZE: tl.constexpr):
 
 
 @triton.jit
-def nearest(v):
-    """The nearest integer, ties to even, as ggml has it: beyond 2^22 it wraps. NaN is 0, as ggml's is where NaN has no payload."""
-    return tl.where(v == v, (bits_of(v + 12582912.0) & 0x7F_FFFF) - 0x40_0000, 0)
+def held(v, low, high):
+    """The nearest integer, ties to even, as ggml has it (beyond 2^22 it wraps), held between two. NaN is 0, as where processors make it of a sum."""
+    code = ((v + 12582912.0).to(tl.int32, bitcast=True) & 0x7F_FFFF) - 0x40_0000
+    return tl.minimum(tl.maximum(tl.where(v == v, code, 0), low), high)
 
 
 @triton.jit
-def held(v, low, high):
-    """`nearest`, held between two integers."""
-    return tl.minimum(tl.maximum(nearest(v), low), high)
+def nearest(v):
+    """`held` by nothing."""
+    return held(v, -0x40_0000, 0x3F_FFFF)
 
 
 @triton.jit
@@ -79,32 +78,30 @@ def total(w, at, stride, N: tl.constexpr):
 
 
 @triton.jit
-def _products(x, w, at, heavy, stride, span, factor, N: tl.constexpr, NMAX: tl.constexpr, GIVEN: tl.constexpr):
-    """The sums of w x l and w l l for the codes l that `factor` gives; w is x x if there are no weights."""
+def _products(x, w, at, stride, factor, N: tl.constexpr, NMAX: tl.constexpr):
+    """The sums of w x l and w l l for the codes l that `factor` gives."""
     xl, ll = nothing(at), nothing(at)
     for _ in range(N):
-        v = tl.load(x + at)
-        weight = tl.load(w + heavy) if GIVEN else v * v
+        v, weight = tl.load(x + at), tl.load(w + at)
         code = held(factor * v, -NMAX, NMAX - 1).to(tl.float32)
         xl += weight * v * code
         ll += weight * code * code
         at += stride
-        heavy += span
     return xl, ll
 
 
 @triton.jit
-def signed(x, w, at, heavy, stride, span, N: tl.constexpr, NMAX: tl.constexpr, GIVEN: tl.constexpr):
+def signed(x, w, at, stride, N: tl.constexpr, NMAX: tl.constexpr):
     """(scale, factor): codes held(factor * x, -NMAX, NMAX - 1) with the scale that fits them best; (0, 0) where all are below EPSILON."""
     top = greatest(x, at, stride, N)
     factor = tl.div_rn(-NMAX * 1.0, top)
-    xl, ll = _products(x, w, at, heavy, stride, span, factor, N, NMAX, GIVEN)
+    xl, ll = _products(x, w, at, stride, factor, N, NMAX)
     scale = tl.where(ll != 0.0, tl.div_rn(xl, ll), 0.0)
     best = scale * xl
     k = nothing(at) - 9.0
     for _ in range(19):  # k = 0 is the first try again: rounding could let it win over a later one
         tried = tl.div_rn((k * 0.1 + NMAX) * -1.0, top)
-        xl, ll = _products(x, w, at, heavy, stride, span, tried, N, NMAX, GIVEN)
+        xl, ll = _products(x, w, at, stride, tried, N, NMAX)
         fitted = tl.div_rn(xl, ll)
         won = (k != 0.0) & (ll > 0.0) & (xl * xl > best * ll)
         factor, scale, best = tl.where(won, tried, factor), tl.where(won, fitted, scale), tl.where(won, fitted * xl, best)
@@ -114,13 +111,14 @@ def signed(x, w, at, heavy, stride, span, N: tl.constexpr, NMAX: tl.constexpr, G
 
 
 @triton.jit
-def _nibble(codes, i):
+def nibble(codes, i):
+    """The lowest four bits but 4 i."""
     return ((codes >> (4 * i)) & 15).to(tl.int32)
 
 
 @triton.jit
 def descent(x, at, stride, N: tl.constexpr, NMAX: tl.constexpr):
-    """(scale, codes): codes from 0 to 2 NMAX - 1, each moved while that betters the fit, five times over; 16 nibbles of an int64, the first lowest."""
+    """(scale, codes): codes from 0 to 2 NMAX - 1, each moved while that betters the fit, five times; as nibbles of an int64, the first lowest."""
     top = greatest(x, at, stride, N)
     factor = tl.div_rn(-NMAX * 1.0, top)
     xl, ll, codes, place = nothing(at), nothing(at), tl.zeros(at.shape, tl.int64), at
@@ -135,7 +133,7 @@ def descent(x, at, stride, N: tl.constexpr, NMAX: tl.constexpr):
     for _ in range(5):
         place = at
         for i in range(N):
-            v, old = tl.load(x + place), (_nibble(codes, i) - NMAX).to(tl.float32)
+            v, old = tl.load(x + place), (nibble(codes, i) - NMAX).to(tl.float32)
             a = xl - v * v * v * old
             b = ll - v * v * old * old
             code = held(tl.div_rn(v * b, a), -NMAX, NMAX - 1)
@@ -144,7 +142,7 @@ def descent(x, at, stride, N: tl.constexpr, NMAX: tl.constexpr):
             a += v * v * v * new
             b += v * v * new * new
             won = tried & (b > 0.0) & (a * a * ll > xl * xl * b)
-            change = ((code + NMAX) ^ _nibble(codes, i)).to(tl.int64) << (4 * i)
+            change = ((code + NMAX) ^ nibble(codes, i)).to(tl.int64) << (4 * i)
             codes ^= tl.where(won, change, 0)
             xl, ll = tl.where(won, a, xl), tl.where(won, b, ll)
             place += stride
@@ -153,53 +151,42 @@ def descent(x, at, stride, N: tl.constexpr, NMAX: tl.constexpr):
 
 
 @triton.jit
-def _weight(w, heavy, v, mean, GIVEN: tl.constexpr):
-    return tl.load(w + heavy) if GIVEN else mean + tl.abs(v)
-
-
-@triton.jit
-def _misfit(
-    x, w, at, heavy, stride, span, mean, factor, base, scale, low, N: tl.constexpr, NMAX: tl.constexpr, ABSOLUTE: tl.constexpr, GIVEN: tl.constexpr
-):
+def _misfit(x, w, at, stride, factor, base, scale, low, N: tl.constexpr, NMAX: tl.constexpr, ABSOLUTE: tl.constexpr):
     """The error of the codes held(factor * (x - base), 0, NMAX) with `scale` and `low`."""
     total = nothing(at)
     for _ in range(N):
         v = tl.load(x + at)
         code = held(factor * (v - base), 0, NMAX).to(tl.float32)
         e = scale * code + low - v
-        total += _weight(w, heavy, v, mean, GIVEN) * (tl.abs(e) if ABSOLUTE else e * e)
+        total += tl.load(w + at) * (tl.abs(e) if ABSOLUTE else e * e)
         at += stride
-        heavy += span
     return total
 
 
 @triton.jit
-def _moments(x, w, at, heavy, stride, span, mean, factor, base, N: tl.constexpr, NMAX: tl.constexpr, GIVEN: tl.constexpr):
+def _moments(x, w, at, stride, factor, base, N: tl.constexpr, NMAX: tl.constexpr):
     """The sums of w l, w l l and w l x for the codes l."""
     a, b, c = nothing(at), nothing(at), nothing(at)
     for _ in range(N):
         v = tl.load(x + at)
         code = held(factor * (v - base), 0, NMAX).to(tl.float32)
-        wl = _weight(w, heavy, v, mean, GIVEN) * code
+        wl = tl.load(w + at) * code
         a += wl
         b += wl * code
         c += wl * v
         at += stride
-        heavy += span
     return a, b, c
 
 
 @triton.jit
-def _extent(x, w, at, heavy, stride, span, mean, N: tl.constexpr, GIVEN: tl.constexpr):
+def _extent(x, w, at, stride, N: tl.constexpr):
     """(least value, greatest value, sum of w, sum of w x)."""
     low = tl.load(x + at)
-    high, sw = low, _weight(w, heavy, low, mean, GIVEN)
+    high, sw = low, tl.load(w + at)
     sx = sw * low
     for _ in range(N - 1):
         at += stride
-        heavy += span
-        v = tl.load(x + at)
-        weight = _weight(w, heavy, v, mean, GIVEN)
+        v, weight = tl.load(x + at), tl.load(w + at)
         low, high = tl.where(v < low, v, low), tl.where(v > high, v, high)
         sw += weight
         sx += weight * v
@@ -208,28 +195,25 @@ def _extent(x, w, at, heavy, stride, span, mean, N: tl.constexpr, GIVEN: tl.cons
 
 @triton.jit
 def minimum(
-    x, w, at, heavy, stride, span, mean,
-    N: tl.constexpr, NMAX: tl.constexpr, START: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, ABSOLUTE: tl.constexpr, GIVEN: tl.constexpr,
+    x, w, at, stride,
+    N: tl.constexpr, NMAX: tl.constexpr, START: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, ABSOLUTE: tl.constexpr,
 ):  # fmt: skip
-    """(scale, minimum, factor, base, sum of w): codes held(factor * (x - base), 0, NMAX); the factor is 0 where all values are one.
-
-    The weights are those given, or `mean` + |x|.
-    """
-    low, high, sw, sx = _extent(x, w, at, heavy, stride, span, mean, N, GIVEN)
+    """(scale, minimum, factor, base, sum of w): codes held(factor * (x - base), 0, NMAX); the factor is 0 where all values are one."""
+    low, high, sw, sx = _extent(x, w, at, stride, N)
     low = tl.where(low > 0.0, 0.0, low)
     dead, least, base = high <= low, low, low
     factor = tl.div_rn(NMAX * 1.0, high - low)
     scale = tl.div_rn(1.0, factor)
-    best = _misfit(x, w, at, heavy, stride, span, mean, factor, low, scale, low, N, NMAX, ABSOLUTE, GIVEN)
+    best = _misfit(x, w, at, stride, factor, low, scale, low, N, NMAX, ABSOLUTE)
     k = nothing(at)
     for _ in range(STEPS + 1):
         tried = tl.div_rn(k * STEP + START + NMAX, high - low)
-        a, b, c = _moments(x, w, at, heavy, stride, span, mean, tried, low, N, NMAX, GIVEN)
+        a, b, c = _moments(x, w, at, stride, tried, low, N, NMAX)
         d = sw * b - a * a
         s, m = tl.div_rn(sw * c - sx * a, d), tl.div_rn(b * sx - a * c, d)
         above = m > 0.0
         s, m = tl.where(above, tl.div_rn(c, b), s), tl.where(above, 0.0, m)
-        error = _misfit(x, w, at, heavy, stride, span, mean, tried, low, s, m, N, NMAX, ABSOLUTE, GIVEN)
+        error = _misfit(x, w, at, stride, tried, low, s, m, N, NMAX, ABSOLUTE)
         won = (d > 0.0) & (error < best)
         factor, base, best = tl.where(won, tried, factor), tl.where(won, low, base), tl.where(won, error, best)
         scale, low = tl.where(won, s, scale), tl.where(won, m, low)

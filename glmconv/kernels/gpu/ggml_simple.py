@@ -23,7 +23,8 @@ LEAST = tl.constexpr(-(1 << 31))
 def encode_float(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Float32 [n, columns] to the bytes of bfloat16 or float16, rounded once; NaN is quiet."""
     out = torch.empty(rows.shape, dtype=CARRIERS[dtype], device=rows.device)
-    launch(_narrowed, ceil_div(rows.numel(), TILE), rows, bits(rows), out, rows.numel(), KIND=KINDS[dtype], SIZE=TILE)
+    if rows.numel():
+        launch(_narrowed, ceil_div(rows.numel(), TILE), rows, bits(rows), out, rows.numel(), KIND=KINDS[dtype], SIZE=TILE)
     return out.view(torch.uint8)
 
 
@@ -38,10 +39,10 @@ def _searched(name: str, x: Tensor, w: Tensor) -> Tensor:
     codes, found = torch.empty_like(x, dtype=torch.uint8), torch.empty((3, count), dtype=torch.float32, device=x.device)
     half = 8 if name.startswith("Q4") else 16
     if layout.m >= 0:
-        launch_lanes(search_with_minimum, count, x, w, codes, *found, N=32, ROOTED=False, GIVEN=True, NMAX=2 * half - 1, **WITH_IMPORTANCE)
+        launch_lanes(search_with_minimum, count, x, w, codes, *found, N=32, NMAX=2 * half - 1, **WITH_IMPORTANCE)
         scales = torch.stack((found[0], -found[1]), 1)
     else:
-        launch_lanes(search_signed, count, x, w, codes, *found[:2], count, N=32, NMAX=half, GIVEN=True, DESCENT=False)
+        launch_lanes(search_signed, count, x, w, codes, *found[:2], N=32, NMAX=half)
         scales = found[0, :, None]
     out = blocks_of(layout, codes)
     put_bytes(out, layout.d, encode_float(scales.contiguous(), torch.float16))
@@ -59,25 +60,27 @@ def _plainly(name: str, x: Tensor) -> Tensor:
     return out
 
 
-def encode_q8_0(rows: Tensor) -> Tensor:
+def encode_q8_0(name: str, rows: Tensor, importance: Tensor | None) -> Tensor:
+    """From the greatest magnitude; the importance is ignored, and so below."""
     x = beside(rows, 32)
     codes, halves = torch.empty_like(x, dtype=torch.uint8), torch.empty((x.shape[1], 1), dtype=torch.int16, device=x.device)
     launch_lanes(_q8_0, x.shape[1], x, codes, halves)
-    out = blocks_of(LAYOUTS["Q8_0"], codes)
+    out = blocks_of(LAYOUTS[name], codes)
     put_bytes(out, 0, halves)
     return out
 
 
-def encode_mxfp4(rows: Tensor) -> Tensor:
+def encode_mxfp4(name: str, rows: Tensor, importance: Tensor | None) -> Tensor:
+    """From the greatest magnitude's power of two."""
     x = beside(rows, 32)
     codes, exponents = torch.empty_like(x, dtype=torch.uint8), torch.empty((x.shape[1], 1), dtype=torch.uint8, device=x.device)
     launch_lanes(_mxfp4, x.shape[1], x, codes, exponents)
-    out = blocks_of(LAYOUTS["MXFP4"], codes)
+    out = blocks_of(LAYOUTS[name], codes)
     put_bytes(out, 0, exponents)
     return out
 
 
-def encode_ternary(name: str, rows: Tensor) -> Tensor:
+def encode_ternary(name: str, rows: Tensor, importance: Tensor | None) -> Tensor:
     """TQ1_0, TQ2_0."""
     x, layout = beside(rows, 256), LAYOUTS[name]
     codes, halves = torch.empty_like(x, dtype=torch.uint8), torch.empty((x.shape[1], 1), dtype=torch.int16, device=x.device)
@@ -90,7 +93,7 @@ def encode_ternary(name: str, rows: Tensor) -> Tensor:
 
 
 def _put_digits(out: Tensor, codes: Tensor) -> None:
-    """Codes [256, blocks] that lie apart as digits base 3, the first the highest, as a fraction of 256 (rounded up); the last four bytes have four."""
+    """Codes [256, blocks] that lie apart as digits base 3, the first the highest, as a fraction of 256, rounded up; the last bytes have four."""
     codes = codes.t().to(torch.int32)
     parts = codes[:, :160].reshape(-1, 5, 32), codes[:, 160:240].reshape(-1, 5, 16), codes[:, 240:].reshape(-1, 4, 4)
     for at, part in zip((0, 32, 48), parts, strict=True):

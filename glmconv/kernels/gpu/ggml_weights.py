@@ -1,4 +1,4 @@
-"""The weights of ggml's searches where an importance is given: the importance times a root of the values' squares."""
+"""The weights of ggml's searches, float32 [n, sub-blocks] as the values x that they belong to (`launch.beside`)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,19 @@ def weighed(rows: Tensor, x: Tensor, importance: Tensor, length: int, by: int) -
     return w
 
 
+def raised(x: Tensor) -> Tensor:
+    """|x| and the root of the mean square of its sub-block."""
+    w = torch.empty_like(x)
+    launch_lanes(_raised, x.shape[1], x, w, N=len(x))
+    return w
+
+
+def repeated(x: Tensor, importance: Tensor) -> Tensor:
+    """The importance itself, for each row."""
+    q = beside(importance, len(x))
+    return q.repeat(1, x.shape[1] // q.shape[1])
+
+
 @triton.jit
 def _means(rows, means, length, by, count, SIZE: tl.constexpr):
     at, inside = lanes(count, SIZE)
@@ -36,3 +49,12 @@ def _weighed(x, q, means, w, span, share, count, N: tl.constexpr, SIZE: tl.const
         tl.store(w + at, tl.load(q + heavy) * tl.sqrt_rn(mean + v * v), inside)
         at += count
         heavy += span
+
+
+@triton.jit
+def _raised(x, w, count, N: tl.constexpr, SIZE: tl.constexpr):
+    at, inside = lanes(count, SIZE)
+    mean = tl.sqrt_rn(tl.div_rn(squares(x, at, count, N), N * 1.0))
+    for _ in range(N):
+        tl.store(w + at, mean + tl.abs(tl.load(x + at)), inside)
+        at += count
