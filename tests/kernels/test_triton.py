@@ -1,7 +1,7 @@
 """The Triton kernels without a GPU: run by Triton's interpreter, which does their arithmetic in numpy, and compiled for a GPU that is not there.
 
 Whether a kernel is interpreted is fixed when Triton is imported. So each test is a process of its own: TRITON_INTERPRET here would also bind
-test_gpu.py, and any library that compiles kernels. What they check is in triton_cases.py and triton_cases_ggml.py, which test_gpu.py runs on a device.
+test_gpu.py, and any library that compiles kernels. What they check is in triton_cases.py and triton_cases_ggml.py; test_gpu.py runs it on a device.
 """
 
 from __future__ import annotations
