@@ -28,7 +28,7 @@ ENCODERS: Mapping[str, Callable[[str, Tensor, Tensor | None], Tensor]] = {
 
 
 def encode(name: str, rows: Tensor, importance: Tensor | None = None) -> Tensor:
-    """Each row for itself, to uint8 [n, bytes of a row]; F32's may be a view.
+    """Each row for itself, to uint8 [n, bytes of a row]; F32's may be a view. Meanwhile there are up to 13 bytes more for each value.
 
     rows:       [n, columns] of float32, bfloat16 or float16, whole blocks, finite; what NaN and Inf become means nothing
     importance: float32 [columns] on the same device, finite: how much each column's error weighs; the types without a search do without it

@@ -16,9 +16,8 @@ from glmconv.kernels.gpu.ggml_weights import weighed
 from glmconv.kernels.gpu.launch import beside, launch_lanes
 
 VALUES = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
-MIDDLES = tl.constexpr(tuple((a + b) / 2 for a, b in pairwise(VALUES)))  # exact, and so are the differences beside them
-FALLS = tl.constexpr(tuple(a - b for a, b in pairwise(VALUES)))
-LEAST, LAST = tl.constexpr(VALUES[0]), tl.constexpr(VALUES[-1])
+TABLE = (*((a + b) / 2 for a, b in pairwise(VALUES)), *VALUES)  # fifteen middles between them, and they themselves
+LEAST = tl.constexpr(VALUES[0])
 
 
 def encode_iq4(name: str, rows: Tensor, importance: Tensor | None) -> Tensor:
@@ -29,13 +28,14 @@ def encode_iq4(name: str, rows: Tensor, importance: Tensor | None) -> Tensor:
     w = x * x if importance is None else weighed(rows, x, importance, layout.values, layout.values // 2)
     codes, (scales, factors) = torch.empty_like(x, dtype=torch.uint8), torch.empty((2, count), dtype=torch.float32, device=x.device)
     halves = torch.empty((count // each, 1), dtype=torch.int16, device=x.device)
-    launch_lanes(_search, count, x, w, scales)
+    table = torch.tensor(TABLE, dtype=torch.float32, device=x.device)
+    launch_lanes(_search, count, x, w, table, scales)
     if name == "IQ4_XS":
         small = torch.empty((count // each, each), dtype=torch.uint8, device=x.device)
         launch_lanes(_small_scales, count // each, scales, small, factors, halves)
     else:
         launch_lanes(_own_scales, count, scales, factors, halves)
-    launch_lanes(_codes, count, x, factors, codes)
+    launch_lanes(_codes, count, x, table, factors, codes)
     out = blocks_of(layout, codes)
     put_bytes(out, layout.d, halves)
     if name == "IQ4_XS":
@@ -44,29 +44,21 @@ def encode_iq4(name: str, rows: Tensor, importance: Tensor | None) -> Tensor:
 
 
 @triton.jit
-def _nearest_value(v):
-    """Of two as near the greater; the last one for NaN."""
-    value = nothing(v) + LAST
-    for k in tl.static_range(15):
-        value += tl.where(v < MIDDLES[k], FALLS[k], 0.0)
-    return value
+def _nearest_code(v, table):
+    """Of two values as near the greater one's; the last one for NaN."""
+    code = tl.where(v < tl.load(table + 7), 0, 8)
+    code += tl.where(v < tl.load(table + code + 3), 0, 4)
+    code += tl.where(v < tl.load(table + code + 1), 0, 2)
+    return code + tl.where(v < tl.load(table + code), 0, 1)
 
 
 @triton.jit
-def _nearest_code(v):
-    code = tl.zeros(v.shape, tl.int32) + 15
-    for k in tl.static_range(15):
-        code -= (v < MIDDLES[k]).to(tl.int32)
-    return code
-
-
-@triton.jit
-def _products(x, w, at, stride, factor):
+def _products(x, w, table, at, stride, factor):
     """The sums of w v x and w v v for the values v that `factor` gives."""
     a, b = nothing(at), nothing(at)
     for _ in range(32):
         v = tl.load(x + at)
-        value = _nearest_value(factor * v)
+        value = tl.load(table + 15 + _nearest_code(factor * v, table))
         wq = tl.load(w + at) * value
         a += wq * v
         b += wq * value
@@ -75,16 +67,16 @@ def _products(x, w, at, stride, factor):
 
 
 @triton.jit
-def _search(x, w, scales, count, SIZE: tl.constexpr):
+def _search(x, w, table, scales, count, SIZE: tl.constexpr):
     """The scale that fits each sub-block best, 0 where all values are below EPSILON."""
     at, inside = lanes(count, SIZE)
     top = greatest(x, at, count, 32)
-    a, b = _products(x, w, at, count, tl.div_rn(1.0, tl.div_rn(top * -1.0, LEAST)))
+    a, b = _products(x, w, table, at, count, tl.div_rn(1.0, tl.div_rn(top * -1.0, LEAST)))
     d = tl.where(b > 0.0, tl.div_rn(a, b), 0.0)
     best = d * a
     k = nothing(at) - 7.0
     for _ in range(15):
-        a, b = _products(x, w, at, count, tl.div_rn(k + LEAST, top))
+        a, b = _products(x, w, table, at, count, tl.div_rn(k + LEAST, top))
         fitted = tl.div_rn(a, b)
         won = (b > 0.0) & (a * a > best * b)
         d, best = tl.where(won, fitted, d), tl.where(won, fitted * a, best)
@@ -113,9 +105,9 @@ def _small_scales(scales, small, factors, halves, count, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _codes(x, factors, codes, count, SIZE: tl.constexpr):
+def _codes(x, table, factors, codes, count, SIZE: tl.constexpr):
     at, inside = lanes(count, SIZE)
     factor = tl.load(factors + at)
     for _ in range(32):
-        tl.store(codes + at, _nearest_code(factor * tl.load(x + at)).to(tl.uint8), inside)
+        tl.store(codes + at, _nearest_code(factor * tl.load(x + at), table).to(tl.uint8), inside)
         at += count
