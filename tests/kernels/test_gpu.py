@@ -8,6 +8,7 @@ import torch
 
 from glmconv.kernels import fp8, int4, reference
 from tests.kernels.triton_cases import CASES, array
+from tests.kernels.triton_cases_ggml import CASES as BLOCKS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 ROWS, COLUMNS = 200, 320
@@ -62,7 +63,7 @@ def test_awq(weight):
         assert np.array_equal(array(theirs), mine)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | BLOCKS)
 def test_triton_gives_the_bytes_of_the_compiled_loops(case):
     pytest.importorskip("triton", reason="Triton is not installed here")
-    CASES[case]("cuda")
+    (CASES | BLOCKS)[case]("cuda")

@@ -1,4 +1,4 @@
-"""What kernels/reference.py computes, as Triton kernels for a GPU: torch tensors in and out, the same signatures, the same bytes.
+"""What kernels/reference.py and kernels/ggml.py compute, as Triton kernels for a GPU: torch tensors in and out, the same bytes.
 
 Triton is no dependency of the package: these modules are for callers who have it (torch's CUDA builds bring it along). Nothing is left to the
 hardware's or the compiler's idea of arithmetic: float8 and 4-bit codes are rounded in integers or by one float32 addition, as in kernels/floats.py;

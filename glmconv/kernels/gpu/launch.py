@@ -12,6 +12,7 @@ KINDS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "f
 CARRIERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 NONE = 1 << 62  # no index: beyond any tensor
 TILE = 4096  # values that a program holds at once
+LANES = 128  # ggml's blocks that a program works on, one in each lane
 
 
 def bits(values: Tensor) -> Tensor:
@@ -23,6 +24,16 @@ def launch(kernel: Any, programs: int, weight: Tensor, *arguments: Any, **consta
     """Run `kernel` that many times beside each other on the device of `weight`, no product fused into a sum."""
     with torch.cuda.device_of(weight):
         kernel[(programs,)](*arguments, **constants, enable_fp_fusion=False)
+
+
+def launch_lanes(kernel: Any, count: int, weight: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Run `kernel` on `weight`, the other arguments and `count`, with a lane for each of so many blocks or sub-blocks."""
+    launch(kernel, ceil_div(count, LANES), weight, weight, *arguments, count, SIZE=LANES, **constants)
+
+
+def beside(flat: Tensor, n: int) -> Tensor:
+    """[n, blocks] of float32 values that lie block after block of n: the blocks' first values side by side, then the second ones."""
+    return flat.reshape(-1, n).t().contiguous()
 
 
 def unspoiled(weight: Tensor) -> Tensor:
