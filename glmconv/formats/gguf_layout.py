@@ -20,6 +20,7 @@ from glmconv.formats.gguf_imatrix import Importance
 from glmconv.formats.gguf_metadata import ARCHITECTURES, SOURCE, metadata, quantized
 from glmconv.formats.gguf_mix import Facts, Tensor, choose, mix_named
 from glmconv.formats.gguf_options import GgufOptions
+from glmconv.formats.gguf_originals import originals
 from glmconv.formats.gguf_pieces import SECTION, stored
 from glmconv.formats.gguf_split import groups, split_entries, split_name
 from glmconv.formats.gguf_tensors import GGUFTensor, gguf_tensors, layer_of
@@ -66,7 +67,9 @@ def plan(opened: Opened, options: LayoutOptions) -> GgufPlan:
     told, mix = options.gguf, mix_named(options.file_type)
     planned = types(opened, told, mix.name)
     refuse_unaided(planned, mix.name, told.importance)
+    refuse_zeros(planned, told.importance)
     kv = entries(opened, told) + quantized(mix.name, told.importance.origin(told.importance.name) if told.importance else None)
+    kv += originals(opened) if told.embed_source else []
     embedded, left = embedded_source(opened, kv, len(planned)) if told.embed_source else ([], [])
     files = output_files(planned, kv + embedded, opened.tensors, options)
     chosen: dict[str, object] = {"mtp": options.mtp, "name": options.name, **told.document}
@@ -152,6 +155,22 @@ def side_bytes(opened: Opened, names: Sequence[str] = TOKENIZER) -> dict[str, by
             opened.side_files[name].read_into(0, memoryview(content))
             found[name] = bytes(content)
     return found
+
+
+def refuse_zeros(planned: Sequence[Planned], importance: Importance | None) -> None:
+    """SourceError for a matrix whose importance is 0 throughout: it would be quantized to zeros, and llama.cpp would not say so."""
+    for each in planned:
+        if importance is None or each.kind.name not in WEIGHTED:
+            continue
+        slices = math.prod(each.tensor.ne[2:])
+        found = importance.of(each.tensor.name, slices, each.tensor.ne[0])
+        lost = [] if found is None else [number for number, values in enumerate(found.read()) if not values.any()]
+        if lost:
+            which = f"matrix {lost[0]} of {slices}" if slices > 1 else "it"
+            raise SourceError(
+                f"has nothing but zeros in {importance.name} for {which}, which would be quantized to zeros.", tensor=each.tensor.name,
+                hint="Make the file again with a llama-imatrix that marks experts without data, or leave --imatrix out.",
+            )  # fmt: skip
 
 
 def output_files(planned: Sequence[Planned], kv: Sequence[Entry], readers: Mapping[str, RowReader], options: LayoutOptions) -> tuple[OutputFile, ...]:

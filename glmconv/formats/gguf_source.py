@@ -21,6 +21,7 @@ from glmconv.formats.format import FileLayout, Opened, OpenOptions, RowReader
 from glmconv.formats.gguf_config import FoundConfig, Told, config_of
 from glmconv.formats.gguf_files import GgufFiles, StoredTensor, model_at, models_in, open_files, whole_name
 from glmconv.formats.gguf_metadata import CONFIG, SOURCE, embedded_files
+from glmconv.formats.gguf_originals import original
 from glmconv.formats.gguf_stored import GgufRows, Stretch, decoded, narrow, trimmed
 from glmconv.formats.gguf_tensors import VISION, GGUFTensor, Transform, gguf_tensors, layer_of
 from glmconv.formats.gguf_tower import Tower, open_tower
@@ -249,7 +250,8 @@ class Binding:
                 self.missing.append(name)
             else:
                 found = tuple(sorted(stretches, key=lambda stretch: stretch.first))
-                self.readers[name] = GgufRows(name, tensor.shape, self._dtype_of(tensor, found[0].stored), found)
+                kept = original(self.files.kv, name, tensor.shape, found) if inexact(found) else None
+                self.readers[name] = kept or GgufRows(name, tensor.shape, self._dtype_of(tensor, found[0].stored), found)
 
     def _dtype_of(self, tensor: TensorSpec, stored: StoredTensor) -> DType:
         """What the table says; where it leaves that to the source, float32 if the numbers need it."""
@@ -261,12 +263,17 @@ class Binding:
         found = []
         if self.apart:
             found.append(f"the {len(self.apart):,} tensors of the vision tower are not here: an mmproj file holds them")
-        if any(s.transform is Transform.NEGATIVE_EXPONENTIAL for stretches in self._stretches.values() for s in stretches):
+        if any(isinstance(reader, GgufRows) and inexact(reader.stretches) for reader in self.readers.values()):
             found.append("A_log is stored as -exp(A_log): a number that gives the same is taken, the original one wherever that was a bfloat16")
         embedding = self.files.tensors.get("token_embd.weight")
         if embedding is not None and needs_float32(embedding, self.dtype):
             found.append(f"holds float32 numbers, which are rounded to {self.dtype}: no embedded config.json says that the model is float32")
         return found
+
+
+def inexact(stretches: Sequence[Stretch]) -> bool:
+    """Whether what is stored does not tell the original numbers."""
+    return any(stretch.transform is Transform.NEGATIVE_EXPONENTIAL for stretch in stretches)
 
 
 def mismatch(tensor: GGUFTensor, stored: StoredTensor) -> str:

@@ -88,6 +88,19 @@ def test_a_spoilt_importance_file_is_refused_before_anything_is_written(spoil, s
     assert not (tmp_path / "o").exists()
 
 
+def test_an_importance_of_zeros_is_refused_for_what_it_would_make_of_the_weight(toy, glmconv, tmp_path):
+    preset = "glm4.7-flash-30B-A3B"
+    file = importance(toy, tmp_path, preset)
+    sums = sums_of(header(tmp_path / "model-bf16.gguf").tensors)
+    values, counts = sums["blk.2.ffn_up_exps.weight"]
+    values[1], counts[1] = 0, 5
+    file.write_bytes(gguf_form(sums))
+    answer = glmconv("convert", toy(preset, EACH), tmp_path / "o" / "out.gguf", "--to", "gguf:Q4_0", "--imatrix", file)
+    assert answer.code == 5
+    assert "blk.2.ffn_up_exps.weight: has nothing but zeros in imatrix.gguf for matrix 1 of 4" in answer.err
+    assert not (tmp_path / "o").exists()
+
+
 def test_importance_of_another_shape_is_refused(toy, tmp_path):
     file = importance(toy, tmp_path, FLAT, TOY)
     with pytest.raises(SourceError, match="Was it made from this model"):
@@ -118,9 +131,9 @@ def test_values_are_read_when_a_tensor_is_begun(toy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Importance, "_read", counted)
     plan(toy(FLAT, EACH), ["gguf:Q4_0"], options=Options(imatrix=file))
-    assert asked == []
+    assert len(asked) == len(set(asked)) > 10  # looked at once, and not kept
     convert(toy(FLAT, EACH), {"gguf:Q4_0": tmp_path / "out.gguf"}, options=Options(imatrix=file))
-    assert len(asked) == len(set(asked)) > 10
+    assert {asked.count(name) for name in asked} == {3}  # planned twice, begun once
 
 
 def test_a_plan_gives_each_tensors_type_and_why(toy, glmconv):

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from glmconv import convert, open_checkpoint, verify
-from glmconv.formats.gguf_types import Entry
+from glmconv import Options, convert, open_checkpoint, verify
+from glmconv.formats.gguf_types import Array, Entry
 from tests.conftest import EACH
 from tests.gguf.rewritten import changed, with_source
 from tests.loading import logits
@@ -60,9 +60,30 @@ def test_transformers_gives_the_same_logits_and_every_file_comes_back_with_what_
     assert verify(source, tmp_path / "whole").same
 
 
-def options(tower):
-    from glmconv import Options
+@pytest.mark.parametrize("preset", TOWERS)
+def test_every_bit_comes_back_from_a_file_that_was_written_with_its_source_inside(preset, files, tmp_path):
+    source, _, tower = files(preset)
+    convert(source, {"gguf:F32": tmp_path / "inside.gguf"}, options=Options(embed_source=True))
+    convert(tmp_path / "inside.gguf", {"hf": tmp_path / "back"}, options=options(tower))
+    assert release(tmp_path / "back") == release(source)
 
+
+@pytest.mark.parametrize("change", [lambda bits: [*bits[1:], bits[0] ^ 64], lambda bits: bits[1:], lambda bits: []])
+def test_numbers_that_ride_along_are_held_against_the_files_own(change, files, glmconv, tmp_path):
+    source, _, tower = files("glm5.3-flash-321B")
+    convert(source, {"gguf:F32": tmp_path / "inside.gguf"}, options=Options(embed_source=True))
+
+    def spoil(entries, tensors):
+        at = next(n for n, entry in enumerate(entries) if entry.key.startswith("glmconv.original."))
+        entries[at] = entries[at]._replace(value=Array(entries[at].value.kind, change(list(entries[at].value.values))))
+
+    answer = glmconv("convert", changed(tmp_path / "inside.gguf", tmp_path / "bad.gguf", spoil), tmp_path / "out", "--to", "hf", "--mmproj", tower)
+    assert answer.code == 5
+    assert "is not what the tensor was made of" in answer.err
+    assert not (tmp_path / "out").exists()
+
+
+def options(tower):
     return Options(mmproj=str(tower))
 
 

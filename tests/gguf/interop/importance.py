@@ -61,10 +61,11 @@ def in_gguf(sums: Sums, path: Path) -> None:
 
 
 def in_the_old_form(sums: Sums, path: Path) -> None:
-    """Every fifth weight has 0 calls: its values are taken as they are."""
+    """Every fifth weight has 0 calls: its values are taken as they are. An expert without data has ones: there are no counts to say so."""
     parts = [struct.pack("<i", len(sums))]
     for number, (name, (values, _)) in enumerate(sums.items()):
         calls = CALLS if number % 5 else 0
+        values = np.where(values.any(1, keepdims=True), values, np.float32(1))
         parts += [struct.pack("<i", len(name)), name.encode(), struct.pack("<ii", calls, values.size), values.tobytes()]
     dataset = b"calibration.txt"
     path.write_bytes(b"".join(parts) + struct.pack("<ii", CHUNKS, len(dataset)) + dataset)
