@@ -17,7 +17,7 @@ import torch
 from rates import weights
 from watch import machine
 
-from glmconv.codecs.ggml import ENCODED, GgmlEncoder, decode, ggml_type
+from glmconv.codecs.ggml import IMPORTANCE_NEEDED, TYPES, GgmlEncoder, decode, ggml_type
 from glmconv.dtypes import BY_NAME
 
 PEER = {"Q4_K": 14, "Q5_K": 17, "Q6_K": 33, "Q3_K": 74, "Q2_K": 17, "IQ4_XS": 5, "IQ4_NL": 4, "Q8_0": 190}  # llama.cpp of 2026-10
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--types", default=",".join(ENCODED))
+    parser.add_argument("--types", default=",".join(TYPES))
     options = parser.parse_args()
     bits = weights(options.rows, options.columns).view(torch.uint16).numpy()
     importance = np.random.default_rng(0).random(options.columns, np.float32) + np.float32(0.1)
@@ -37,8 +37,8 @@ def main() -> None:
     print(f"{'':10}{'encode':>10}{'importance':>12}{'decode':>10}{'llama.cpp':>12}")
     kept = True
     for name in options.types.split(","):
-        plain, out = encoding(name, bits, None, options.repeat)
-        weighted, _ = encoding(name, bits, importance, options.repeat)
+        weighted, out = encoding(name, bits, importance, options.repeat)
+        plain = float("nan") if name in IMPORTANCE_NEEDED else encoding(name, bits, None, options.repeat)[0]
         kind = ggml_type(name)
         back = rate(bits.size, lambda kind=kind, out=out: decode(kind, out, options.columns), options.repeat)
         kept = kept and (name not in WANTED or plain > PEER[name])
