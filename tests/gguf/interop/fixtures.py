@@ -43,6 +43,8 @@ ALL = ("F32", "F16", "BF16", *QUANTIZED)
 SOME = ("BF16", "Q8_0", "Q4_K_M", "Q2_K", "IQ4_NL", "MXFP4_MOE")
 LONG = ("Q4_0", "Q4_K_S", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ4_XS")
 WIDE = ("Q8_0", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_XS", "TQ1_0", "MXFP4_MOE")
+CODEBOOKS = ("IQ3_M", "IQ3_S", "Q1_0", "Q2_0")
+AIDED_CODEBOOKS = (*CODEBOOKS[:2], "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "Q2_K_S")
 CARD = """---
 license: mit
 language: [en, zh]
@@ -101,6 +103,10 @@ FIXTURES = {
     # rows that only blocks of 32 divide; MTP in a file of its own, without embedding and head
     "glm4_moe-apart": Fixture("glm4.6-355B-A32B", 3, {**GROUPED, "hidden_size": 288}, importance=("Q4_0",)),
     "glm4_moe-dropped": Fixture("glm4.5-355B-A32B", 8, GROUPED, ("Q4_K_M", "Q3_K_M", "Q2_K"), ("Q2_K_S", "Q4_K_M"), unseen=False, mtp=False),
+    # experts' rows of whole super-blocks, every tensor measured
+    "glm4_moe-codebooks": Fixture(
+        "glm4.5-106B-A12B", 2, {**GROUPED, "moe_intermediate_size": 256}, CODEBOOKS, AIDED_CODEBOOKS, unseen=False, experts=4, mtp=False
+    ),
     "glm4_moe-eight": Fixture("glm4.5-355B-A32B", 4, GROUPED, QUANTIZED, (), experts=8),
     # rows that no block divides
     "glm4v_moe": Fixture("glm4.5v-108B-A12B", 3, {**GROUPED, "hidden_size": 272, "num_attention_heads": 4}),
@@ -114,6 +120,7 @@ FIXTURES = {
     "glm4": Fixture("glm4-9B-0414", 4, GROUPED, old=True),
     # a sixteenth of the layers is one
     "glm4-long": Fixture("glm4-9B-0414", 16, {**GROUPED, "intermediate_size": 256}, LONG, LONG),
+    "glm4-codebooks": Fixture("glm4-9B-0414", 2, GROUPED, CODEBOOKS, AIDED_CODEBOOKS, unseen=False, old=True),
     "glm4-odd": Fixture("glm4-32B-0414", 3, {**GROUPED, "hidden_size": 320, "num_attention_heads": 4}, SOME, ("Q4_K_M", "Q2_K_S"), unseen=False),
     "glm5_next": Fixture("glm5.3-flash-321B", 5, {**INDEXED, "qk_rope_head_dim": 0, "qk_head_dim": 64}),
 }

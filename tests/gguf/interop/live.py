@@ -1,4 +1,4 @@
-"""`python -m tests.gguf.interop.live FOLDER`: holds glmconv's files against llama.cpp's, which was built in FOLDER, and writes down llama.cpp's.
+"""`python -m tests.gguf.interop.live FOLDER [FIXTURE...]`: holds our files against llama.cpp's, built in FOLDER, and writes down llama.cpp's.
 
 Prints a line for each fixture and each difference. Exit code 1 if there is any but the deliberate ones: then what is written down makes tests fail.
 """
@@ -15,11 +15,11 @@ from pathlib import Path
 
 from tests.gguf.interop.digests import Content, content, differences
 from tests.gguf.interop.fixtures import FIXTURES, build, digest
-from tests.gguf.interop.ours import AIDED, VECTORS, importance_file, takes_importance, written
+from tests.gguf.interop.ours import AIDED, VECTORS, importance_file, written
 from tests.gguf.interop.peer import Job, Peer, peer_at, version
 
 
-def main(folder: str) -> int:
+def main(folder: str, *chosen: str) -> int:
     peer = peer_at(Path(folder))
     if peer is None:
         sys.stderr.write(f"{folder}: llama.cpp is not built here; `make interop` builds it\n")
@@ -28,7 +28,7 @@ def main(folder: str) -> int:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     os.chdir(work)  # importance files are named without a path, by us as by them
-    sources = {name: build(name, work / "sources") for name in FIXTURES}
+    sources = {name: build(name, work / "sources") for name in chosen or FIXTURES}
     (work / "bf16").mkdir()
     peer.to_bf16([Job(source, bf16(work, name), FIXTURES[name].mtp) for name, source in sources.items()], work)
     same = [compared(name, source, peer, work) for name, source in sources.items()]
@@ -54,14 +54,13 @@ def compared(name: str, source: Path, peer: Peer, work: Path) -> bool:
     theirs = {kind: quantized(peer, name, kind, "", work) for kind in fixture.types}
     theirs |= {kind + AIDED: quantized(peer, name, kind, importance, work) for kind in fixture.importance}
     ours = written(name, source, work, fixture.types)
-    if fixture.importance and takes_importance():
+    if fixture.importance:
         aided = written(name, source, work, fixture.importance, importance)
         ours |= {kind + AIDED: held for kind, held in aided.items()}
     keep(name, source, theirs)
     said = [(key, line) for key, held in ours.items() for line in differences(held, theirs[key])]
     differing = len({key for key, _ in said})
-    left = f", {len(theirs) - len(ours)} not compared: no --imatrix" if len(ours) < len(theirs) else ""
-    say(f"{name:28}{len(ours) - differing:4} of {len(ours)} files the same{left}, {time.perf_counter() - began:.1f} s")
+    say(f"{name:28}{len(ours) - differing:4} of {len(ours)} files the same, {time.perf_counter() - began:.1f} s")
     for key, line in said:
         say(f"    {key}: {line}")
     return not said

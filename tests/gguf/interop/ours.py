@@ -8,9 +8,7 @@ import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import click
-
-from glmconv.cli import group, run
+from glmconv.cli import run
 from tests.gguf.interop.digests import Content, content
 from tests.gguf.interop.fixtures import FIXTURES
 from tests.gguf.interop.importance import in_gguf, in_the_old_form, sums_of
@@ -20,12 +18,6 @@ AIDED = "+imatrix"
 IMATRIX = "model.imatrix"
 # What only glmconv's files say, on purpose (docs/gguf.md): llama.cpp's converter leaves it out where config.json has no scoring_func
 DELIBERATE = frozenset({"deepseek2.expert_gating_func"})
-
-
-def takes_importance() -> bool:
-    """Whether `glmconv convert` has --imatrix."""
-    command = group.get_command(click.Context(group), "convert")
-    return command is not None and any("--imatrix" in option.opts for option in command.params)
 
 
 def stored(name: str) -> dict:

@@ -11,7 +11,7 @@ from glmconv.engine.inputs import InputFolder
 from glmconv.formats.gguf_header import padded, read_header
 from tests.gguf.interop.digests import Content, content, differences
 from tests.gguf.interop.fixtures import ALL, FIXTURES, QUANTIZED, build, digest
-from tests.gguf.interop.ours import AIDED, importance_file, stored, takes_importance, written
+from tests.gguf.interop.ours import AIDED, importance_file, stored, written
 
 AIDED_FIXTURES = [name for name, fixture in FIXTURES.items() if fixture.importance]
 
@@ -49,8 +49,6 @@ def test_every_file_type_is_what_llama_cpps_two_steps_make(name, source, tmp_pat
 
 @pytest.mark.parametrize("name", AIDED_FIXTURES)
 def test_with_an_importance_matrix_too(name, source, tmp_path, monkeypatch):
-    if not takes_importance():
-        pytest.skip("`glmconv convert` has no --imatrix")
     monkeypatch.chdir(tmp_path)  # the path of the matrix is recorded as it was given
     plain = written(name, source(name), tmp_path, ("F16",))["F16"]
     check(name, written(name, source(name), tmp_path, FIXTURES[name].importance, importance_file(name, plain, tmp_path)), AIDED)
