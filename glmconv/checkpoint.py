@@ -19,6 +19,7 @@ from glmconv.formats.coded import derived
 from glmconv.formats.format import FILE_PREFIX, Format, Opened, OpenOptions, RowReader, row_size
 from glmconv.formats.gguf_rows import gguf_derived
 from glmconv.formats.graft import grafted
+from glmconv.formats.torch_dist import same_number
 
 if TYPE_CHECKING:
     import torch
@@ -184,6 +185,7 @@ def resolve(name: str | Path, *, weights: bool = True) -> Path:
         raise UsageError("the source is empty.", hint="Is a variable of your script not set?")
     path = Path(name)
     with looked_at(path):
+        path = same_number(path)
         if path.exists():
             if not path.is_dir():
                 if path.suffix.lower() == ".gguf":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 
-from dropin import Parser, finish, option, run, workers
+from dropin import Parser, accept, finish, option, run, workers
 
 
 def parser() -> Parser:
@@ -16,7 +16,7 @@ def parser() -> Parser:
     made.add_argument("--num-layers-at-end-in-bf16", type=int, default=0, help="last layers to leave as they are")
     made.add_argument("--extra-high-precision-layers-hf", nargs="*", default=[], help="pieces of names of tensors to leave as they are")
     made.add_argument("--max-workers", type=int, help="threads")
-    made.accept("--device", because="everything is done on the CPU")
+    accept(made, "--device", because="everything is done on the CPU")
     return made
 
 

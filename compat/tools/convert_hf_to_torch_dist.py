@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from dropin import Parser, finish, glmconv, note, refuse, run
+from dropin import Parser, accept, finish, glmconv, note, refuse, run
 
 WHY = "the checkpoint has no parallel layout and no model is built"
 
@@ -20,8 +20,8 @@ def parser() -> Parser:
     made.add_argument("--hf-checkpoint", required=True, help="folder or Hub id of the release")
     made.add_argument("--save", required=True, help="folder to write")
     made.add_argument("--megatron-to-hf-mode", choices=["raw", "bridge"], default="raw", help="bridge: refused where it would order rows otherwise")
-    made.accept("--custom-model-provider-path", because=WHY)
-    made.accept("--allgather-cp", nargs=0, because=WHY)
+    accept(made, "--custom-model-provider-path", because=WHY)
+    accept(made, "--allgather-cp", nargs=0, because=WHY)
     return made
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dropin import Parser, finish, glmconv, note, option, run, workers
+from dropin import Parser, accept, finish, glmconv, note, option, run, workers
 
 WHOSE = "slime's and miles' tools/convert_torch_dist_to_hf.py"
 DOES = "Write a Hugging Face folder from a torch_dist checkpoint: its root, release or iter_N folder, of any parallel layout."
@@ -20,7 +20,7 @@ def parser(whose: str = WHOSE) -> Parser:
     made.add_argument("-a", "--add-missing-from-origin-hf", action="store_true", help="take the MTP layers from the release if they are missing")
     made.add_argument("--chunk-size", type=int, help="bytes a shard; default: the release's own files, or 5 GB")
     made.add_argument("--vocab-size", type=int, help="rows of the vocabulary; must be the release's")
-    made.accept("--model-name", because="config.json says which architecture it is")
+    accept(made, "--model-name", because="config.json says which architecture it is")
     return made
 
 

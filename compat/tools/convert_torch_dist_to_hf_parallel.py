@@ -6,13 +6,13 @@ import sys
 
 from convert_torch_dist_to_hf import convert
 from convert_torch_dist_to_hf import parser as plain_parser
-from dropin import Parser, finish
+from dropin import Parser, accept, finish
 
 
 def parser() -> Parser:
     made = plain_parser("slime's tools/convert_torch_dist_to_hf_parallel.py")
     made.add_argument("--save-max-workers", type=int, default=16, help="threads; each reads, converts and writes")
-    made.accept("--load-max-workers", because="the threads of --save-max-workers read too")
+    accept(made, "--load-max-workers", because="the threads of --save-max-workers read too")
     return made
 
 

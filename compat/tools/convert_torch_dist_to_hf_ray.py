@@ -6,7 +6,7 @@ import sys
 
 from convert_torch_dist_to_hf import convert
 from convert_torch_dist_to_hf import parser as plain_parser
-from dropin import Parser, finish, option, refuse
+from dropin import Parser, accept, finish, option, refuse
 
 
 def parser() -> Parser:
@@ -16,7 +16,7 @@ def parser() -> Parser:
     made.add_argument("--source-key-regex", help="refused: a checkpoint is converted whole")
     made.add_argument("--dry-run-plan", action="store_true", help="say what would be written, write nothing")
     made.add_argument("--no-progress", action="store_true", help="no progress on stderr")
-    made.accept("--task-group-bytes", "--progress-interval-seconds", because="a job is a file, and there is no Ray")
+    accept(made, "--task-group-bytes", "--progress-interval-seconds", because="a job is a file, and there is no Ray")
     return made
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import glmconv
 import glmconv.cli
 
-__all__ = ["Parser", "finish", "glmconv", "note", "option", "refuse", "run", "workers"]
+__all__ = ["Parser", "accept", "finish", "glmconv", "note", "option", "refuse", "run", "workers"]
 
 MOST_WORKERS = 256
 
@@ -29,17 +29,18 @@ class Parser(argparse.ArgumentParser):
         description = f"{does}\n\nDrop-in for {whose}: the same command line, run by glmconv, without a GPU and without Megatron."
         super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **how)  # type: ignore[arg-type]
 
-    def accept(self, *names: str, nargs: int | str | None = None, because: str) -> None:
-        """Options that are taken and not needed; each that is given is named on stderr with the reason."""
-        for name in names:
-            self.add_argument(*name.split("/"), action=Unneeded, nargs=nargs, help=f"not needed: {because}")
-
 
 class Unneeded(argparse.Action):
     """An option without effect, which says so."""
 
     def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
         note(f"note: {option_string} is {self.help}")
+
+
+def accept(parser: argparse.ArgumentParser, *names: str, nargs: int | None = None, because: str) -> None:
+    """Options that are taken and not needed; each that is given is named on stderr with the reason. Spellings of one are joined by blanks."""
+    for name in names:
+        parser.add_argument(*name.split(), action=Unneeded, nargs=nargs, help=f"not needed: {because}")
 
 
 def note(text: str) -> None:

@@ -103,6 +103,7 @@ SPEC = ArchSpec(
     layers=LAYERS,
     optional=("mtp",),
     megatron_args=LATENT_ARGS,
+    bridge_provider="megatron.bridge.models.mla_provider.MLAModelProvider",
     megatron_flags=("--make-vocab-size-divisible-by 64", "--no-rope-fusion"),
     scopes=(
         Scope(MODEL, title="model"),

@@ -240,7 +240,7 @@ class ArchSpec:
     the language model's own config.
     `dialects`: the name that a user gives a project's Megatron naming -> its key in the rows' cells, the first being what "auto" writes; those left
     out do not have this architecture, for the reason in `undialected`. `megatron_args`: what the arguments of a Megatron run say beside the sizes;
-    `megatron_flags`: what slime's command line for it has beyond any model's.
+    `megatron_flags`: what slime's command line for it has beyond any model's; `bridge_provider`: the class by which Megatron-Bridge builds it.
     `stacked`: Megatron keeps all layers of the decoder in one tensor, with a first axis of layers. `asked`: prefix of canonical names -> the prefix
     under which engines ask for the same module.
     """
@@ -260,6 +260,7 @@ class ArchSpec:
     undialected: str = ""
     megatron_args: Mapping[str, object] = field(default_factory=dict)
     megatron_flags: tuple[str, ...] = ()
+    bridge_provider: str = ""
     stacked: bool = False
     asked: Mapping[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()  # special rules, for docs/models.md

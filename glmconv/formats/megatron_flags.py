@@ -56,8 +56,8 @@ def megatron_flags(config: Mapping[str, object], model: Model) -> list[str]:
 
 def _line(name: str, args: Mapping[str, object]) -> Iterator[str]:
     if name in SWITCHES:
-        key, value = SWITCHES[name]
-        if args.get(key) is value:
+        key, on = SWITCHES[name]
+        if args.get(key) is on:
             yield f"--{name}"
         return
     value = args.get(name.replace("-", "_"))
