@@ -19,6 +19,7 @@ from glmconv.formats.coded import derived
 from glmconv.formats.format import FILE_PREFIX, Format, Opened, OpenOptions, RowReader, row_size
 from glmconv.formats.gguf_rows import gguf_derived
 from glmconv.formats.graft import grafted
+from glmconv.formats.lora import merged
 from glmconv.formats.torch_dist import same_number
 
 if TYPE_CHECKING:
@@ -124,13 +125,13 @@ class Checkpoint:
 
 def open_checkpoint(
     path: str | Path, *, mtp: bool = True, origin: str | Path | None = None, strict: bool = True, dialect: str = "auto",
-    mtp_from: str | Path | None = None,
+    mtp_from: str | Path | None = None, lora: str | Path | None = None,
 ) -> Checkpoint:  # fmt: skip
     """Open a folder, or a Hub repository, of any known format.
 
-    mtp False leaves the MTP layers out, `mtp_from` takes them from another checkpoint; `origin` is the Hugging Face release of a torch_dist
-    checkpoint that a trainer saved, `dialect` the trainer's, where its tensors do not tell. `strict` False keeps missing, unexpected and wrong
-    tensors in `opened` instead of raising for them.
+    mtp False leaves the MTP layers out, `mtp_from` takes them from another checkpoint; `lora` is an adapter to merge; `origin` is the Hugging Face
+    release of a torch_dist checkpoint that a trainer saved, `dialect` the trainer's, where its tensors do not tell. `strict` False keeps missing,
+    unexpected and wrong tensors in `opened` instead of raising for them.
     Raises SourceError (broken, incomplete, hostile) or UnsupportedError (a format or architecture that is not known).
     """
     place = resolve(path)
@@ -142,6 +143,8 @@ def open_checkpoint(
         if not mtp:
             raise UsageError("--mtp drop and --mtp-from do not go together.")
         opened = grafted(opened, open_checkpoint(mtp_from).opened)
+    if lora is not None:
+        opened = merged(opened, resolve(lora))
     if strict:
         refuse(place, opened.missing, opened.unexpected, opened.wrong, opened.model)
         if opened.missing or opened.unexpected or opened.wrong:

@@ -35,7 +35,7 @@ class Options:
     """What a conversion may be told. `file_size` in bytes; `max_memory` in bytes of resident memory; `mtp` False drops the MTP layers.
 
     `megatron_dialect` is the trainer whose names and row orders a torch_dist target is written in, `source_dialect` the one of the source, where its
-    tensors do not tell; `mtp_from` is a checkpoint to take the MTP layers from.
+    tensors do not tell; `mtp_from` is a checkpoint to take the MTP layers from, `lora` an adapter to merge.
 
     For quantized targets: `keep` are regular expressions of tensors to leave as they are, `first_layers_bf16` and `last_layers_bf16` whole
     layers; `ragged` "quantize" encodes even what no serving engine loads; `serve_tp`, `serve_ep` are the ranks it is to be served on;
@@ -52,6 +52,7 @@ class Options:
     megatron_dialect: str = "auto"
     source_dialect: str = "auto"
     mtp_from: str | None = None
+    lora: str | None = None
     resume: bool = True
     resume_check: str = "full"
     overwrite: bool = False
@@ -78,7 +79,7 @@ class Options:
         )  # fmt: skip
 
     def open(self, src: str | Path) -> Checkpoint:
-        return open_checkpoint(src, mtp=self.mtp, origin=self.origin, dialect=self.source_dialect, mtp_from=self.mtp_from)
+        return open_checkpoint(src, mtp=self.mtp, origin=self.origin, dialect=self.source_dialect, mtp_from=self.mtp_from, lora=self.lora)
 
 
 def options_of(chosen: Mapping[str, object]) -> Options:

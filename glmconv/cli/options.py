@@ -74,7 +74,7 @@ def output_of(ctx: click.Context) -> Output:
 
 RUN_OPTIONS = (
     "to", "file_size", "max_memory", "workers", "resume", "resume_check", "overwrite", "mtp", "origin", "iteration", "keep", "first_layers_bf16",
-    "last_layers_bf16", "ragged", "serve_tp", "serve_ep", "nonfinite", "megatron_dialect", "source_dialect", "mtp_from",
+    "last_layers_bf16", "ragged", "serve_tp", "serve_ep", "nonfinite", "megatron_dialect", "source_dialect", "mtp_from", "lora",
 )  # fmt: skip
 
 
@@ -99,6 +99,7 @@ reading_options = (
         "--source-dialect", type=click.Choice(DIALECTS), default="auto", show_default=True, help="Of a torch_dist source whose tensors do not tell."
     ),
     click.option("--mtp-from", metavar="DIR|ID", help="Take the MTP layers from this checkpoint: for fine-tunes that lost theirs."),
+    click.option("--lora", metavar="DIR|ID", help="Merge this LoRA adapter (as PEFT saves it) into the weights."),
 )
 
 

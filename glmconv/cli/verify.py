@@ -35,13 +35,14 @@ Examples:
 @click.option("--mtp", type=click.Choice(["keep", "drop"]), default="keep", show_default=True, help="drop: leave the MTP layers of both out.")
 @reading_options[0]
 @reading_options[1]
+@reading_options[2]
 @click.option("--max-rmse", type=click.FloatRange(min=0, min_open=True), help="Bound on a quantized tensor's relative RMSE; default: its codec's.")
 @click.option("--exact", is_flag=True, help="Convert A again without writing and compare every byte with B, an output of glmconv.")
 @output_options
 @click.pass_context
 def command(
     ctx: click.Context, a: str, b: str | None, workers: int, origin: str | None, mtp: str, source_dialect: str, mtp_from: str | None,
-    max_rmse: float | None, exact: bool,
+    lora: str | None, max_rmse: float | None, exact: bool,
 ) -> int:  # fmt: skip
     """Compare checkpoints A and B bit by bit, whatever their formats; or A alone with its own manifest, every byte.
 
@@ -60,7 +61,7 @@ def command(
         if b is None or exact:
             check = (
                 _exact(
-                    Options(origin=origin, mtp=mtp != "drop", source_dialect=source_dialect, mtp_from=mtp_from),
+                    Options(origin=origin, mtp=mtp != "drop", source_dialect=source_dialect, mtp_from=mtp_from, lora=lora),
                     a,
                     b,
                     workers,
@@ -77,7 +78,7 @@ def command(
             return _answer(out, {**asdict(check), "same": check.same}, check.same, f"{check.root}: {good} ({counts})", lines)
         result = verify_same(
             a, b, workers=workers, origin=origin, mtp=mtp != "drop", started=started, progress=progress, stop=stop, max_rmse=max_rmse,
-            dialect=source_dialect, mtp_from=mtp_from,
+            dialect=source_dialect, mtp_from=mtp_from, lora=lora,
         )  # fmt: skip
     value = {"same": result.same, "tensors": result.tensors, "elements": result.elements, "bytes": result.bytes, "aliases": result.aliases,
              "different": len(result.differences), "worst": [asdict(d) for d in result.worst],
