@@ -10,9 +10,7 @@ from dropin import Parser, accept, finish, glmconv, note, option, refuse, run, w
 
 def parser() -> Parser:
     made = Parser("NeMo AutoModel's tools/offline_hf_consolidation.py", "Write one Hugging Face folder from sharded safetensors. No process group.")
-    made.add_argument(
-        "-m", "--model-name", required=True, help="folder or Hub id of the release, for shards without .hf_metadata/config.json"
-    )
+    made.add_argument("-m", "--model-name", required=True, help="folder or Hub id of the release, for shards without .hf_metadata/config.json")
     made.add_argument("-i", "--input-dir", required=True, help="folder of the shards (shard-N-model-N-of-N.safetensors), or the one above")
     made.add_argument("-o", "--output-dir", required=True, help="folder to write, not inside the input")
     made.add_argument("--num-threads", type=int, default=5, help="threads")

@@ -151,10 +151,10 @@ def narrowed(values: Floats, dtype: DType) -> memoryview:
         bits = np.ascontiguousarray(values).view(np.uint32)
         short = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype("<u2")
         short[np.isnan(values)] = 0x7FC0
-        return memoryview(short.reshape(-1).view(np.uint8))
+        return short.reshape(-1).view(np.uint8).data
     with np.errstate(over="ignore"):
         stored = np.ascontiguousarray(values).astype("<f2" if dtype.name == "float16" else "<f4")
-    return memoryview(stored.reshape(-1).view(np.uint8))
+    return stored.reshape(-1).view(np.uint8).data
 
 
 def open_adapter(path: Path) -> Adapter:

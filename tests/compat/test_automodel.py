@@ -105,7 +105,7 @@ def test_without_its_metadata_the_release_is_asked(step, dropin, toy, tmp_path):
     assert dropin(CONSOLIDATE, *words[:-1], "fp16").code == 6
 
 
-def test_a_lost_shard_is_an_error_and_not_a_warning(step, tmp_path):
+def test_d21_a_lost_shard_is_an_error_and_not_a_warning(step, tmp_path):
     shutil.copytree(step, tmp_path / "step")
     next((tmp_path / "step/model").glob("shard-00002-*.safetensors")).unlink()
     with pytest.raises(SourceError, match=r"not covered exactly once|needs"):
