@@ -71,12 +71,12 @@ def test_d32_shards_are_numbered_from_one_and_have_the_size_that_the_help_says(s
 
 
 @pytest.mark.parametrize("to", ["hf", "fp8:channel", "torch_dist"])
-def test_d33_d40_d41_d42_a_run_that_is_stopped_leaves_nothing_that_says_done(to, toy, tmp_path):
+def test_d33_d40_d41_d42_d47_a_run_that_is_stopped_leaves_nothing_that_says_done(to, toy, tmp_path):
     wide = toy("glm4.7-355B-A32B", WIDE)
     stopped(wide, to, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").rglob("*")}
     assert not names & {INDEX, "config.json", "latest_checkpointed_iteration.txt", "metadata.json", ".metadata", "glmconv_manifest.json"}
-    with pytest.raises((SourceError, UnsupportedError)):  # D47: nor is it taken for a cache hit
+    with pytest.raises((SourceError, UnsupportedError)):  # nor is it taken for a cache hit
         open_checkpoint(tmp_path / "out")
     convert(wide, {to: tmp_path / "out"})
     convert(wide, {to: tmp_path / "whole"})
