@@ -1,8 +1,9 @@
 """A LoRA adapter in PEFT's layout, merged as rows are read: W + scale * B @ A in float32, rounded once to the weights' dtype.
 
 Source: peft's `LoraConfig` and `LoraLayer`: scale = alpha / r, or alpha / sqrt(r) for rsLoRA; `rank_pattern` and `alpha_pattern` give other numbers
-to modules by the end of their names; `modules_to_save` and trained biases lie beside the factors, whole. The products are added in the order of the
-rank, so that no bit depends on how many rows are read at once.
+to modules by the end of their names; `modules_to_save` and trained biases lie beside the factors, whole. `ParamWrapper` has all experts' factors in
+one: A [experts * rank, in], an expert's rows together; B [out, rank * experts], an expert's columns `experts` apart. The products are added in the
+order of the rank, so that no bit depends on how many rows are read at once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +33,9 @@ PREFIX = "base_model.model."
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight\Z")
 PATTERN = re.compile(r"\^?[\w.]{1,300}\Z")  # of a module's name; a regular expression of a stranger's is not run
 # What changes more than W + scale * B @ A
-REFUSED = ("use_dora", "fan_in_fan_out", "lora_bias", "target_parameters", "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens",
+REFUSED = ("use_dora", "fan_in_fan_out", "lora_bias", "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens",
            "trainable_token_indices", "arrow_config")  # fmt: skip
+EXPERTS, BASE_LAYER = ".mlp.experts", ".base_layer"  # a module that has a second factor is wrapped twice
 INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")  # the others replace the base's weights when training begins
 BLOCK = 1 << 18  # elements that are worked on at once: two float32 buffers of them stay in a cache
 RANK_LARGEST = 4096
@@ -64,7 +67,7 @@ class Adapter:
         if not isinstance(patterns, Mapping):
             raise SourceError(f"{pattern} is no object.", file=self.path / CONFIG)
         for text, number in patterns.items():
-            name = text.replace("\\.", ".")
+            name = text.replace("\\.", ".").removeprefix(".*.")  # which says no more than that a name ends so
             if not PATTERN.match(name):
                 raise UnsupportedError(f"{pattern} has the regular expression {text!r}; names of modules are read.", file=self.path / CONFIG)
             if module == name.removeprefix("^") or (not name.startswith("^") and module.endswith(f".{name}")):
@@ -77,12 +80,18 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Merged:
-    """A canonical tensor with its product added. `base` [rows, columns], `a` [rank, columns], `b` [rows, rank]."""
+    """A canonical tensor with its product added. `base` [rows, columns], `a` [rank, columns], `b` [rows, rank].
+
+    Of a layer's experts in one: `b`'s rows count from `first`, and its columns are those of `expert`, one in so many `experts`.
+    """
 
     base: RowReader
     a: FileRows
     b: FileRows
     scale: float
+    first: int = 0
+    expert: int = 0
+    experts: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -103,7 +112,7 @@ class Merged:
         wide = self.base.widened() if isinstance(self.base, CodedRows) else self.base
         for at in range(0, len(out) // width, step):
             rows = min(step, len(out) // width - at)
-            b = floats(self.b, start + at, rows)
+            b = floats(self.b, self.first + start + at, rows)[:, self.expert :: self.experts]
             total = np.zeros((rows, self.shape[1]), np.float32)
             product = np.empty_like(total)
             for k in range(a.shape[0]):
@@ -147,14 +156,16 @@ def floats(reader: RowReader, start: int, rows: int) -> Floats:
 
 def narrowed(values: Floats, dtype: DType) -> memoryview:
     """float32 rounded to nearest even, as the bytes of `dtype`."""
+    stored: NDArray[Any]
     if dtype.name == "bfloat16":
         bits = np.ascontiguousarray(values).view(np.uint32)
-        short = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype("<u2")
-        short[np.isnan(values)] = 0x7FC0
-        return short.reshape(-1).view(np.uint8).data
-    with np.errstate(over="ignore"):
-        stored = np.ascontiguousarray(values).astype("<f2" if dtype.name == "float16" else "<f4")
-    return stored.reshape(-1).view(np.uint8).data
+        stored = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype("<u2")
+        stored[np.isnan(values)] = 0x7FC0
+    else:
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(values).astype("<f2" if dtype.name == "float16" else "<f4")
+    out: memoryview = stored.reshape(-1).view(np.uint8).data
+    return out
 
 
 def open_adapter(path: Path) -> Adapter:
@@ -218,6 +229,9 @@ def merged(opened: Opened, path: Path) -> Opened:
     adapter = open_adapter(path)
     tensors: dict[str, RowReader] = dict(opened.tensors)
     for module, (a, b) in adapter.factors.items():
+        if module.removesuffix(BASE_LAYER).endswith(EXPERTS) and f"{module}.weight" not in tensors:
+            tensors |= of_experts(opened, adapter, module.removesuffix(BASE_LAYER), a, b)
+            continue
         base = _base(opened, f"{module}.weight", adapter)
         shape = base.shape
         if len(shape) != 2 or len(a.shape) != 2 or b.shape != (shape[0], a.shape[0]) or a.shape[1] != shape[1] or a.shape[0] > RANK_LARGEST:
@@ -237,6 +251,29 @@ def merged(opened: Opened, path: Path) -> Opened:
         opened, tensors=tensors, folders=(*opened.folders, adapter.folder), notes=(*opened.notes, note),
         fingerprint={**opened.fingerprint, "lora": adapter.digest},
     )  # fmt: skip
+
+
+def of_experts(opened: Opened, adapter: Adapter, module: str, a: FileRows, b: FileRows) -> dict[str, Merged]:
+    """All experts of a layer with their products: gate and up from one factor, down from another, told apart by their shapes.
+
+    SourceError if the factors are neither's.
+    """
+    experts = opened.model.sizes.get("experts", 0)
+    down, gate, up = ([f"{module}.{n}.{part}_proj.weight" for n in range(experts)] for part in ("down", "gate", "up"))
+    wide, narrow = _base(opened, gate[0], adapter).shape[::-1] if experts else (0, 0)
+    outer = (b.shape[0], a.shape[1]) if len(a.shape) == len(b.shape) == 2 else (0, 0)
+    parts = {(narrow * 2, wide): ("gate_up_proj", (gate, up)), (wide, narrow): ("down_proj", (down,))}.get(outer)
+    if parts is None or not experts or a.shape[0] != b.shape[1] or a.shape[0] % experts or a.shape[0] > RANK_LARGEST * experts:
+        what = f"has factors {list(b.shape)} and {list(a.shape)}, which are not of {experts} experts of {wide} and {narrow}."
+        raise SourceError(what, file=adapter.path / WEIGHTS, tensor=module, hint="Is the adapter of this model?")
+    rank = a.shape[0] // experts
+    scale = adapter.scale(f"{module}.{parts[0]}", rank)
+    return {
+        names[n]: Merged(_base(opened, names[n], adapter), replace(a, offset=a.offset + n * rank * a.row_size, shape=(rank, a.shape[1])), b, scale,
+                         half * narrow, n, experts)
+        for half, names in enumerate(parts[1])
+        for n in range(experts)
+    }  # fmt: skip
 
 
 def _base(opened: Opened, name: str, adapter: Adapter) -> RowReader:

@@ -90,7 +90,7 @@ def test_no_bit_depends_on_how_many_rows_are_read(adapter, source):
 
 def test_peft_merges_the_same(source, tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)  # peft rounds products of experts too
     config = peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "o_proj"], rank_pattern={"o_proj": 8, "layers.1.self_attn.q_proj": 2},
         alpha_pattern={"v_proj": 32}, modules_to_save=["lm_head"], use_rslora=True,
@@ -126,6 +126,41 @@ def test_a_merged_checkpoint_is_written_read_back_and_known_by_its_adapter(adapt
     assert glmconv("convert", source, tmp_path / "hf", "--to", "hf", "--lora", adapter({Q: 4})).code == 4  # another adapter, another output
 
 
+def test_a_quantized_base_is_merged_in_float32_and_rounded_once(adapter, source, tmp_path):
+    convert(source, {"fp8:channel": tmp_path / "fp8"})
+    folder = adapter({Q: 4})
+    state = {name: tensor for shard in (tmp_path / "fp8").glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    factors = load_file(folder / "adapter_model.safetensors")
+    a, b = (factors[f"base_model.model.{Q}.lora_{side}.weight"].double() for side in "AB")
+    base = (state[f"{Q}.weight"].float() * state[f"{Q}.weight_scale"]).double()
+    with open_checkpoint(tmp_path / "fp8", lora=folder) as ours:
+        assert close(ours[f"{Q}.weight"].read(), (base + 2 * (b @ a)).float().bfloat16())
+
+
+@pytest.mark.parametrize("modules", [{"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}, {"target_modules": ["down_proj"]},
+                                     {"target_modules": ["gate_proj", "up_proj", "down_proj"]}])  # fmt: skip
+def test_peft_merges_the_same_into_experts_that_transformers_fuses(modules, source, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)  # peft rounds products of experts too
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **modules}))
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.02)
+    adapted.save_pretrained(tmp_path / "adapter")
+    state = adapted.merge_and_unload().state_dict()
+    experts = "model.layers.2.mlp.experts"
+    changed = 0
+    with open_checkpoint(source, lora=tmp_path / "adapter") as ours, open_checkpoint(source) as before:
+        for n in range(4):
+            halves = state[f"{experts}.gate_up_proj"][n].chunk(2)
+            for part, theirs in (("gate", halves[0]), ("up", halves[1]), ("down", state[f"{experts}.down_proj"][n])):
+                name = f"{experts}.{n}.{part}_proj.weight"
+                assert close(ours[name].read(), theirs.bfloat16()), name
+                changed += not torch.equal(ours[name].read(), before[name].read())
+    assert changed == (4 if modules.get("target_modules") == ["down_proj"] else 12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_what_is_trained_whole_replaces_the_tensor_in_its_dtype(dtype, adapter, source):
     norm = torch.linspace(-1, 1, 160).to(dtype)
@@ -139,7 +174,7 @@ def test_what_is_trained_whole_replaces_the_tensor_in_its_dtype(dtype, adapter, 
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
         ({"use_dora": True}, "use_dora"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"init_lora_weights": "pissa"}, "its base is not the release"),
         ({"alpha_pattern": {"layers.[0-9]+.q_proj": 1}}, "regular expression"),
     ],
@@ -160,6 +195,8 @@ def test_an_adapter_that_is_more_than_a_product_is_refused_by_name(config, said,
         ({}, {f"base_model.model.{Q}.lora_A.weight": torch.zeros(4, 7),
               f"base_model.model.{Q}.lora_B.weight": torch.zeros(7, 4)}, {}, "the weight is"),
         ({}, {"base_model.model.model.norm.weight": torch.zeros(3)}, {}, "is \\[3\\]"),
+        ({}, {"base_model.model.model.layers.2.mlp.experts.lora_A.weight": torch.zeros(4, 7),
+              "base_model.model.model.layers.2.mlp.experts.lora_B.weight": torch.zeros(7, 4)}, {}, "not of 4 experts"),
     ],
 )  # fmt: skip
 def test_an_adapter_of_another_model_is_refused_by_name(modules, tensors, config, said, adapter, source):
