@@ -71,8 +71,9 @@ format: $(INSTALLED) ## Sort the imports and format
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED) ## Write docs/models.md anew from the architectures' tables
+docs: $(INSTALLED) ## Write docs/models.md and the MODEL_ARGS scripts anew from the architectures' tables
 	$(BIN)/python docs/models.py
+	$(BIN)/python compat/scripts/models/write.py
 
 soak: $(INSTALLED) ## Run crash, race and fuzz tests in their long form (hours) and write down their figures
 	@mkdir -p build

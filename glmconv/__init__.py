@@ -12,18 +12,22 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from glmconv.check.launch import disagreements
     from glmconv.check.verify import verify, verify_output, verify_same
     from glmconv.checkpoint import Checkpoint, LazyTensor, open_checkpoint
     from glmconv.convert import Options, convert, plan
     from glmconv.errors import GlmconvError
+    from glmconv.formats.megatron_flags import megatron_flags, read_flags
 
 VERBS = {
     "Checkpoint": "glmconv.checkpoint", "LazyTensor": "glmconv.checkpoint", "open_checkpoint": "glmconv.checkpoint",
     "Options": "glmconv.convert", "convert": "glmconv.convert", "plan": "glmconv.convert", "verify": "glmconv.check.verify",
     "verify_output": "glmconv.check.verify", "verify_same": "glmconv.check.verify", "GlmconvError": "glmconv.errors",
+    "disagreements": "glmconv.check.launch", "megatron_flags": "glmconv.formats.megatron_flags", "read_flags": "glmconv.formats.megatron_flags",
 }  # fmt: skip
 __all__ = [
-    "Checkpoint", "GlmconvError", "LazyTensor", "Options", "convert", "open_checkpoint", "plan", "verify", "verify_output", "verify_same",
+    "Checkpoint", "GlmconvError", "LazyTensor", "Options", "convert", "disagreements", "megatron_flags", "open_checkpoint", "plan", "read_flags",
+    "verify", "verify_output", "verify_same",
 ]  # fmt: skip
 
 

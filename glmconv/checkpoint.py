@@ -19,6 +19,8 @@ from glmconv.formats.coded import derived
 from glmconv.formats.format import FILE_PREFIX, Format, Opened, OpenOptions, RowReader, row_size
 from glmconv.formats.gguf_rows import gguf_derived
 from glmconv.formats.graft import grafted
+from glmconv.formats.lora import merged
+from glmconv.formats.torch_dist import same_number
 
 if TYPE_CHECKING:
     import torch
@@ -123,12 +125,12 @@ class Checkpoint:
 
 def open_checkpoint(
     path: str | Path, *, mtp: bool = True, origin: str | Path | None = None, strict: bool = True, dialect: str = "auto",
-    mtp_from: str | Path | None = None, mmproj: str | Path | None = None,
+    mtp_from: str | Path | None = None, mmproj: str | Path | None = None, lora: str | Path | None = None,
 ) -> Checkpoint:  # fmt: skip
     """Open a folder, a Hub repository, or a GGUF file, of any known format.
 
-    mtp False leaves the MTP layers out, `mtp_from` takes them from another checkpoint; `origin` is the Hugging Face release of a torch_dist
-    checkpoint that a trainer saved, `dialect` the trainer's, where its tensors do not tell; `mmproj` is the file of a GGUF model's vision tower,
+    mtp False leaves the MTP layers out, `mtp_from` takes them from another checkpoint; `lora` is an adapter to merge; `origin` is the Hugging
+    Face release of a torch_dist checkpoint that a trainer saved, `dialect` the trainer's, where its tensors do not tell; `mmproj` is the file of a GGUF model's vision tower,
     whose tensors are otherwise named in `opened.apart` and not there. `strict` False keeps missing, unexpected and wrong tensors in `opened`
     instead of raising for them.
     Raises SourceError (broken, incomplete, hostile) or UnsupportedError (a format or architecture that is not known).
@@ -145,6 +147,8 @@ def open_checkpoint(
         if not mtp:
             raise UsageError("--mtp drop and --mtp-from do not go together.")
         opened = grafted(opened, open_checkpoint(mtp_from).opened)
+    if lora is not None:
+        opened = merged(opened, resolve(lora))
     if strict:
         refuse(place, opened.missing, opened.unexpected, opened.wrong, opened.model)
         if opened.missing or opened.unexpected or opened.wrong:
@@ -188,6 +192,7 @@ def resolve(name: str | Path, *, weights: bool = True) -> Path:
         raise UsageError("the source is empty.", hint="Is a variable of your script not set?")
     path = Path(name)
     with looked_at(path):
+        path = same_number(path)
         if path.exists():
             if not path.is_dir() and path.suffix.lower() != ".gguf":
                 raise UnsupportedError("is a file; a checkpoint is a folder, or a file called .gguf.", file=path)

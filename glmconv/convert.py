@@ -46,7 +46,8 @@ class Options:
     """What a conversion may be told. `file_size` in bytes; `max_memory` in bytes of resident memory; `mtp` False drops the MTP layers.
 
     `megatron_dialect` is the trainer whose names and row orders a torch_dist target is written in, `source_dialect` the one of the source, where its
-    tensors do not tell; `mtp_from` is a checkpoint to take the MTP layers from, `mmproj` the file of a GGUF source's vision tower.
+    tensors do not tell; `mtp_from` is a checkpoint to take the MTP layers from, `mmproj` the file of a GGUF source's vision tower, `lora` an adapter to
+    merge.
 
     For quantized targets: `keep` are regular expressions of tensors to leave as they are, `first_layers_bf16` and `last_layers_bf16` whole
     layers; `ragged` "quantize" encodes even what no serving engine loads; `serve_tp`, `serve_ep` are the ranks it is to be served on;
@@ -66,6 +67,7 @@ class Options:
     source_dialect: str = "auto"
     mtp_from: str | None = None
     mmproj: str | None = None
+    lora: str | None = None
     resume: bool = True
     resume_check: str = "full"
     overwrite: bool = False
@@ -109,7 +111,9 @@ class Options:
         )  # fmt: skip
 
     def open(self, src: str | Path) -> Checkpoint:
-        return open_checkpoint(src, mtp=self.mtp, origin=self.origin, dialect=self.source_dialect, mtp_from=self.mtp_from, mmproj=self.mmproj)
+        return open_checkpoint(
+            src, mtp=self.mtp, origin=self.origin, dialect=self.source_dialect, mtp_from=self.mtp_from, mmproj=self.mmproj, lora=self.lora
+        )
 
 
 def options_of(chosen: Mapping[str, object]) -> Options:

@@ -67,13 +67,13 @@ def _plain(values: Mapping[str, str], field: re.Match[str]) -> str:
 
 def known() -> str:
     """The targets, for people."""
-    return ", ".join((*FORMATS, *CODECS))
+    return ", ".join((*(name for name, form in FORMATS.items() if form.writable), *CODECS))
 
 
 def parse_target(to: str, path: Path | None) -> TargetSpec:
     """UsageError if no target is spelled so."""
     target = TargetSpec(SPELLINGS.get(to.lower(), to.lower()), path)
-    if target.format not in FORMATS or (":" in target.to and not target.codec and target.format != GGUF):
+    if target.format not in FORMATS or not FORMATS[target.format].writable or (":" in target.to and not target.codec and target.format != GGUF):
         raise UsageError(f"--to {to}: no target is called so.", hint=f"Targets: {known()}.")
     if target.format == GGUF:
         file_type = mmproj_named(target.file_type) or mix_named(target.file_type).name

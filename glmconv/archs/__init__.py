@@ -43,11 +43,15 @@ def presets() -> list[tuple[ArchSpec, Preset]]:
 
 
 def preset_named(name: str) -> tuple[ArchSpec, Preset]:
-    """By preset name or Hub id, case-insensitively."""
+    """By preset name, the trainers' name or Hub id, case-insensitively; with or without a hyphen behind GLM, as folders are called."""
     for spec, preset in presets():
-        if name.lower() in (preset.name.lower(), preset.hub.lower(), preset.hub.lower().rpartition("/")[2]):
+        if _plain(name) in {_plain(text) for text in (preset.name, preset.called, preset.hub, preset.hub.rpartition("/")[2]) if text}:
             return spec, preset
     raise UsageError(f"no preset is called {name!r}.", hint=f"Presets: {', '.join(p.name for _, p in presets())}.")
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("glm-", "glm", 1)
 
 
 def preset_of(config: Mapping[str, object]) -> Preset | None:

@@ -52,11 +52,12 @@ SPEC = ArchSpec(
     dialects=dict(slime="te", miles="te"),
     undialected="neither Megatron-Core nor Megatron-Bridge has a layer with norms behind attention and MLP",
     megatron_args={"rotary_interleaved": True},
+    megatron_flags=("--spec slime_plugins.models.glm4 get_glm_spec", "--post-self-attn-layernorm", "--post-mlp-layernorm", "--no-rope-fusion"),
     stacked=True,
     scopes=(Scope(MODEL, title="model"), Scope(ATTENTION + MLP, LAYER, DECODER, BLOCK, "decoder", title="layers")),
     presets=(
-        Preset("glm4-9B-0414", "zai-org/GLM-4-9B-0414", GLM_4_9B, tensors=523),
-        Preset("glm4-32B-0414", "zai-org/GLM-4-32B-0414", GLM_4_32B, tensors=613),
+        Preset("glm4-9B-0414", "zai-org/GLM-4-9B-0414", GLM_4_9B, tensors=523, called="glm4-9B"),
+        Preset("glm4-32B-0414", "zai-org/GLM-4-32B-0414", GLM_4_32B, tensors=613, called="glm4-32B"),
     ),
     remarks=("Megatron keeps all layers of one kind of weight in one tensor; slime's and miles' patch of Megatron-Core is needed to load it.",),
 )

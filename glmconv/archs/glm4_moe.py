@@ -142,6 +142,7 @@ SPEC = ArchSpec(
     rules=RULES,
     layers=LAYERS,
     optional=("mtp",),
+    bridge_provider="megatron.bridge.models.gpt_provider.GPTModelProvider",
     scopes=(
         Scope(MODEL, title="model"),
         Scope(DENSE_LAYER, LAYER, DECODER, BLOCK, "dense", title="dense layers"),

@@ -103,6 +103,8 @@ SPEC = ArchSpec(
     layers=LAYERS,
     optional=("mtp",),
     megatron_args=LATENT_ARGS,
+    bridge_provider="megatron.bridge.models.mla_provider.MLAModelProvider",
+    megatron_flags=("--make-vocab-size-divisible-by 64", "--no-rope-fusion"),
     scopes=(
         Scope(MODEL, title="model"),
         Scope(LATENT_DENSE, LAYER, DECODER, BLOCK, "dense", title="dense layers"),
@@ -110,6 +112,6 @@ SPEC = ArchSpec(
         Scope(LATENT_SPARSE, LAYER, MTP_DECODER, BLOCK, "mtp", title="MTP layers", mtp=True),
         Scope(MTP + MTP_ALIASES, LAYER, MTP_LAYER, BLOCK, "mtp", title="MTP heads", mtp=True),
     ),
-    presets=(Preset("glm4.7-flash-30B-A3B", "zai-org/GLM-4.7-Flash", FLASH, aliases=True, tensors=9703, mtp_tensors=212),),
+    presets=(Preset("glm4.7-flash-30B-A3B", "zai-org/GLM-4.7-Flash", FLASH, aliases=True, tensors=9703, mtp_tensors=212, called="glm4.7-30B-A3B"),),
     remarks=("`kv_b_proj` is split by heads: at TP 4 in 128x128 blocks it stays bf16 (20 heads x 448 rows = 70 tiles).",),
 )

@@ -156,8 +156,8 @@ SPEC = ArchSpec(
         Scope(MTP + nested(MTP_ALIASES), LAYER, MTP_LAYER, BLOCK, "mtp", title="MTP heads", mtp=True),
     ),
     presets=(
-        Preset("glm4.5v-108B-A12B", "zai-org/GLM-4.5V", GLM_4_5V, tensors=18106),
-        Preset("glm4.6v-108B-A12B", "zai-org/GLM-4.6V", GLM_4_6V, tensors=18106),
+        Preset("glm4.5v-108B-A12B", "zai-org/GLM-4.5V", GLM_4_5V, tensors=18106, called="glm4.5v-106B-A12B"),
+        Preset("glm4.6v-108B-A12B", "zai-org/GLM-4.6V", GLM_4_6V, tensors=18106, called="glm4.6v-106B-A12B"),
     ),
     remarks=("The vision tower is never quantized. Of the trainers only Megatron-Bridge has it.",),
 )

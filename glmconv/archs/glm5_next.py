@@ -186,7 +186,7 @@ SPEC = ArchSpec(
         Scope(INDEXER, LAYER, gguf=BLOCK, layers="indexed_mtp", title="MTP layers' indexer", mtp=True),
         Scope(MTP, LAYER, gguf=BLOCK, layers="mtp", title="MTP heads", mtp=True),
     ),
-    presets=(Preset("glm5.3-flash-321B", "zai-org/GLM-5.3-Flash", GLM_5_3_FLASH, tensors=38770, mtp_tensors=889),),
+    presets=(Preset("glm5.3-flash-321B", "zai-org/GLM-5.3-Flash", GLM_5_3_FLASH, tensors=38770, mtp_tensors=889, called="glm5.3-flash"),),
     remarks=(
         "Hyper-connections' bases and scales, the decays of linear attention and the routers' biases are float32.",
         "Linear attention, indexer, `kv_b_proj` and the vision tower are never quantized, as in the release's own FP8 weights.",

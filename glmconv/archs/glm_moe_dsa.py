@@ -104,6 +104,7 @@ SPEC = ArchSpec(
     optional=("mtp", "indexed_mtp"),
     dialects=DIALECTS,
     megatron_args=LATENT_ARGS,
+    megatron_flags=("--spec slime_plugins.models.glm5.glm5 get_glm5_spec", "--make-vocab-size-divisible-by 16", "--enable-experimental"),
     scopes=(
         Scope(MODEL, title="model"),
         Scope(DENSE_LAYER, LAYER, DECODER, BLOCK, "dense", title="dense layers"),

@@ -223,7 +223,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Preset:
-    """A released model: its name here, its Hub id, its published config.json, and how its files are laid out."""
+    """A released model: its name here, its Hub id, its published config.json, and how its files are laid out.
+
+    `called` is its name in the trainers' documents and scripts, where that is another.
+    """
 
     name: str
     hub: str
@@ -232,6 +235,7 @@ class Preset:
     mtp_file: str = ""  # the MTP layer lies in a file of its own
     tensors: int = 0  # published count, aliases included
     mtp_tensors: int = 0
+    called: str = ""
 
 
 ONE_LAYOUT = dict.fromkeys(("slime", "miles", "mcore", "bridge"), "te")
@@ -245,7 +249,8 @@ class ArchSpec:
     `layers` are the sets of layers that scopes name; those in `optional` may be absent from a checkpoint as a whole. `text` is the field that holds
     the language model's own config.
     `dialects`: the name that a user gives a project's Megatron naming -> its key in the rows' cells, the first being what "auto" writes; those left
-    out do not have this architecture, for the reason in `undialected`. `megatron_args`: what the arguments of a Megatron run say beside the sizes.
+    out do not have this architecture, for the reason in `undialected`. `megatron_args`: what the arguments of a Megatron run say beside the sizes;
+    `megatron_flags`: what slime's command line for it has beyond any model's; `bridge_provider`: the class by which Megatron-Bridge builds it.
     `stacked`: Megatron keeps all layers of the decoder in one tensor, with a first axis of layers. `asked`: prefix of canonical names -> the prefix
     under which engines ask for the same module.
     """
@@ -264,6 +269,8 @@ class ArchSpec:
     dialects: Mapping[str, str] = field(default_factory=lambda: ONE_LAYOUT)
     undialected: str = ""
     megatron_args: Mapping[str, object] = field(default_factory=dict)
+    megatron_flags: tuple[str, ...] = ()
+    bridge_provider: str = ""
     stacked: bool = False
     asked: Mapping[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()  # special rules, for docs/models.md

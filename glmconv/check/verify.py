@@ -160,18 +160,18 @@ def _strangers(disk: Disk, root: Path, manifest: Manifest) -> list[str]:
 def verify_same(
     a: str | Path, b: str | Path, *, workers: int = 2, every: int = 1, progress: Callable[[int], None] | None = None,
     started: Callable[[int], None] | None = None, stop: threading.Event | None = None, origin: str | None = None, mtp: bool = True,
-    max_rmse: float | None = None, dialect: str = "auto", mtp_from: str | None = None, mmproj: str | None = None,
+    max_rmse: float | None = None, dialect: str = "auto", mtp_from: str | None = None, mmproj: str | None = None, lora: str | None = None,
 ) -> Comparison:  # fmt: skip
     """Compare two checkpoints of any formats bit by bit. Tensors that either lacks against its own config are differences, not errors.
 
     What `b` holds quantized, and `a` not or otherwise, is held against a bound on its relative RMSE instead; `max_rmse` sets that for all.
 
-    `mtp` False leaves the MTP layers of both out: what a conversion with `--mtp drop` is compared by. `dialect` and `mtp_from` are how `a` is read;
+    `mtp` False leaves the MTP layers of both out: what a conversion with `--mtp drop` is compared by. `dialect`, `mtp_from` and `lora` are how `a` is read;
     `mmproj` is the vision tower's file of whichever is GGUF. Without it the tower is not compared, and `apart` says how many tensors that are.
     """
     towers = [mmproj if str(path).lower().endswith(".gguf") else None for path in (a, b)]
     with (
-        open_checkpoint(a, origin=origin, mtp=mtp, strict=False, dialect=dialect, mtp_from=mtp_from, mmproj=towers[0]) as left,
+        open_checkpoint(a, origin=origin, mtp=mtp, strict=False, dialect=dialect, mtp_from=mtp_from, mmproj=towers[0], lora=lora) as left,
         open_checkpoint(b, origin=origin, mtp=mtp, strict=False, mmproj=towers[1]) as right,
     ):
         if started:

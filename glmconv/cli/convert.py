@@ -60,7 +60,7 @@ def command(ctx: click.Context, /, src: str, dst: Path | None, to: tuple[str, ..
     if dry_run:
         return show_plan(ctx, src, dst, to, options, 1)
     targets = parse_targets(to, dst)
-    downloaded(src, *(str(base) for base in [chosen.get("mtp_from")] if base))
+    downloaded(src, *(str(base) for base in [chosen.get("mtp_from"), chosen.get("lora")] if base))
     with stoppable() as stop, out.bar("convert") as (started, progress):
         done = convert(src, targets, options=options, started=started, progress=progress, stop=stop, log=out.detail)
     out.detail(f"{done.workers} workers, {done.tensors:,} tensors of {src}")
@@ -85,10 +85,10 @@ def _verify(out: Output, src: str, paths: list[Path], check: str, workers: int, 
     if check == "none" or not paths:
         return {"verify": "none"}
     with stoppable() as stop, out.bar("verify") as (started, progress):
-        origin, base, tower = (str(chosen[name]) if chosen.get(name) else None for name in ("origin", "mtp_from", "mmproj"))
+        origin, base, tower, lora = (str(chosen[name]) if chosen.get(name) else None for name in ("origin", "mtp_from", "mmproj", "lora"))
         counts = read_back(
             src, paths, sample=check == "sample", mtp=chosen.get("mtp") != "drop", origin=origin, workers=workers,
-            dialect=str(chosen.get("source_dialect")), mtp_from=base, mmproj=tower, started=started, progress=progress, stop=stop,
+            dialect=str(chosen.get("source_dialect")), mtp_from=base, mmproj=tower, lora=lora, started=started, progress=progress, stop=stop,
         )  # fmt: skip
     return {"verify": check, "verified": counts}
 

@@ -74,9 +74,8 @@ def output_of(ctx: click.Context) -> Output:
 
 RUN_OPTIONS = (
     "to", "file_size", "max_memory", "workers", "resume", "resume_check", "overwrite", "mtp", "origin", "iteration", "keep", "first_layers_bf16",
-    "last_layers_bf16", "ragged", "serve_tp", "serve_ep", "nonfinite", "megatron_dialect", "source_dialect", "mtp_from", "mmproj", "imatrix",
-    "tensor_types",
-    "token_embedding_type", "output_tensor_type", "pure", "split_max_size", "split_max_tensors", "embed_source", "quantize_from",
+    "last_layers_bf16", "ragged", "serve_tp", "serve_ep", "nonfinite", "megatron_dialect", "source_dialect", "mtp_from", "mmproj", "lora", "imatrix",
+    "tensor_types", "token_embedding_type", "output_tensor_type", "pure", "split_max_size", "split_max_tensors", "embed_source", "quantize_from",
 )  # fmt: skip
 
 
@@ -102,6 +101,7 @@ reading_options = (
     ),
     click.option("--mtp-from", metavar="DIR|ID", help="Take the MTP layers from this checkpoint: for fine-tunes that lost theirs."),
     click.option("--mmproj", metavar="FILE", help="The vision tower's file (mmproj) of a GGUF source."),
+    click.option("--lora", metavar="DIR|ID", help="Merge this LoRA adapter (as PEFT saves it) into the weights."),
 )
 
 

@@ -43,7 +43,7 @@ Examples:
 @click.pass_context
 def command(
     ctx: click.Context, a: str, b: str | None, workers: int, origin: str | None, mtp: str, source_dialect: str, mtp_from: str | None,
-    mmproj: str | None, max_rmse: float | None, exact: bool, imatrix: str | None,
+    mmproj: str | None, lora: str | None, max_rmse: float | None, exact: bool, imatrix: str | None,
 ) -> int:  # fmt: skip
     """Compare checkpoints A and B bit by bit, whatever their formats; or A alone with its own manifest, every byte.
 
@@ -62,7 +62,7 @@ def command(
     downloaded(a, b)
     with stoppable() as stop, out.bar("verify") as (started, progress):
         if b is None or exact:
-            options = Options(origin=origin, mtp=mtp != "drop", source_dialect=source_dialect, mtp_from=mtp_from, mmproj=mmproj)
+            options = Options(origin=origin, mtp=mtp != "drop", source_dialect=source_dialect, mtp_from=mtp_from, mmproj=mmproj, lora=lora)
             check = (
                 _exact(options, a, b, workers, started, progress, stop, imatrix)
                 if b
@@ -74,7 +74,7 @@ def command(
             return _answer(out, {**asdict(check), "same": check.same}, check.same, f"{check.root}: {good} ({counts})", lines)
         result = verify_same(
             a, b, workers=workers, origin=origin, mtp=mtp != "drop", started=started, progress=progress, stop=stop, max_rmse=max_rmse,
-            dialect=source_dialect, mtp_from=mtp_from, mmproj=mmproj,
+            dialect=source_dialect, mtp_from=mtp_from, mmproj=mmproj, lora=lora,
         )  # fmt: skip
     value = {"same": result.same, "tensors": result.tensors, "elements": result.elements, "bytes": result.bytes, "aliases": result.aliases,
              "apart": result.apart,

@@ -46,6 +46,13 @@ class Blob:
             return self.begin
 
 
+class PlainBlob(Blob):
+    """A chunk whose elements lie in its file as they are, without a container."""
+
+    def payload(self) -> int:
+        return self.chunk.offset
+
+
 @dataclass(frozen=True, slots=True)
 class Box:
     """A contiguous run of a blob as a rectangle of the tensor: `rows` x `columns` elements from (row, column), `at` elements into the blob."""
@@ -61,10 +68,10 @@ class Box:
 class Boxes:
     """A stored tensor as a matrix [rows, columns], whatever its rank: the first axes (layers, experts) are counted through.
 
-    `tail` is the shape of what a row holds: nothing, the columns, or a convolution's kernel, which no trainer cuts.
+    `tail` is the shape of what a row holds: nothing, the columns, or a convolution's kernel, which no trainer cuts. `kind` is how chunks are stored.
     """
 
-    def __init__(self, stored: StoredTensor, tail: Sequence[int], files: dict[str, tuple[InputFile, int]]) -> None:
+    def __init__(self, stored: StoredTensor, tail: Sequence[int], files: dict[str, tuple[InputFile, int]], kind: type[Blob] = Blob) -> None:
         self.columns = math.prod(tail)
         self.itemsize = stored.dtype.itemsize
         boxes = []
@@ -76,7 +83,7 @@ class Boxes:
                     raise SourceError(f"has a chunk {sizes} of {shape}, cut across a kernel.", file=chunk.relative_path)
                 kernel = math.prod(shape[-inner:])
                 shape, offsets, sizes = ([*axes[: -inner - 1], axes[-inner - 1] * kernel] for axes in (shape, offsets, sizes))
-            boxes += list(_boxes(shape, self.columns, offsets, sizes, Blob(chunk, stored.dtype, file, number)))
+            boxes += list(_boxes(shape, self.columns, offsets, sizes, kind(chunk, stored.dtype, file, number)))
         self.boxes = sorted(boxes, key=lambda box: (box.row, box.column))
         self.tallest = max((box.rows for box in self.boxes), default=0)
         self.rows = [box.row for box in self.boxes]

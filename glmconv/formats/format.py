@@ -142,4 +142,5 @@ class Format:
     open: Callable[[Path, OpenOptions], Opened]
     plan: Callable[[Opened, LayoutOptions], Plan]
     readable: bool = True
+    writable: bool = True
     manifest_at: Callable[[Path], Path] = lambda path: path  # the folder that holds the manifest of a checkpoint given by this path

@@ -26,14 +26,13 @@ from glmconv.formats.format import FileLayout, Format, Opened, OpenOptions, RowR
 from glmconv.formats.megatron_args import to_config
 from glmconv.formats.megatron_keys import COMMON_STATE, MegatronTensor, is_optimizers, is_trainers, megatron_tensors, spellings, stacked_spelling
 from glmconv.formats.origin import Origin, find_origin
-from glmconv.formats.run_config import read_run_config
+from glmconv.formats.run_config import RUN_CONFIG, read_run_config
 from glmconv.formats.side_files import CONFIG
 from glmconv.formats.torch_dist_layout import BACKEND, COMMON, METADATA, TRACKER
 from glmconv.formats.widen import Widened
 
 METADATA_LARGEST = 256 << 20
 ITERATION = re.compile(r"^(release|iter_(\d{1,10}))$")
-RUN_CONFIG = "run_config.yaml"
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,15 @@ def locate(path: Path) -> Place | None:
             )
         return Place(path, unlinked(found[number]))
     return Place(path, unlinked(found[max(found)])) if found else None
+
+
+def same_number(path: Path) -> Path:
+    """The folder of the iteration that `path` names, if it is there under another zero padding: documents write eight digits, Megatron seven."""
+    named = ITERATION.match(path.name)
+    if not named or not named[2] or path.exists() or not path.parent.is_dir():
+        return path
+    there = [child for child in path.parent.iterdir() if (match := ITERATION.match(child.name)) and match[2] and int(match[2]) == int(named[2])]
+    return there[0] if len(there) == 1 else path
 
 
 def unlinked(folder: Path) -> Path:

@@ -16,11 +16,13 @@ from glmconv.formats.format import FileLayout, LayoutOptions, Opened
 from glmconv.formats.huggingface_layout import config_for
 from glmconv.formats.megatron_args import to_args
 from glmconv.formats.megatron_keys import MegatronTensor, extra_states, megatron_tensors, stacked_layers
+from glmconv.formats.run_config import RUN_CONFIG, write_run_config
 from glmconv.formats.side_files import CONFIG, output_files
 from glmconv.formats.torch_zip import EXTRA_STATE, TorchSaveFrame
 
 FILE_SIZE = 1 << 30  # small enough that 16 ranks share a 355B model within a few per cent
 METADATA, COMMON, BACKEND, TRACKER = ".metadata", "common.pt", "metadata.json", "latest_checkpointed_iteration.txt"
+BRIDGE = "bridge"
 ORIGIN, LAYOUT = "glmconv_origin", "glmconv_layout.json"
 # Exactly these four: Megatron-Core 0.12 to 0.18 hands the object to a dataclass, where another field is a TypeError
 BACKEND_JSON = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
@@ -87,14 +89,28 @@ def plan(opened: Opened, options: LayoutOptions) -> Plan:
         SmallFile(f"{ORIGIN}/{LAYOUT}", layout_json(opened.layout)),
         SmallFile(f"{ORIGIN}/{CONFIG}", config_for(opened)),
         SmallFile(writing.folder + COMMON, write_common(common(opened, options))),
+        *run_config(opened, options, writing.folder),
         SmallFile(writing.folder + METADATA, write_metadata(described, writing.objects)),
         SmallFile(writing.folder + BACKEND, json.dumps(BACKEND_JSON).encode()),
         SmallFile(TRACKER, (name if options.iteration is None else str(options.iteration)).encode()),
     )
     side = output_files(opened.side_files, f"{ORIGIN}/")
-    chosen: dict[str, object] = {"mtp": options.mtp, "iteration": options.iteration, "megatron_dialect": known_as(opened.model.spec, dialect)}
+    asked = BRIDGE if options.dialect == BRIDGE else known_as(opened.model.spec, dialect)
+    chosen: dict[str, object] = {"mtp": options.mtp, "iteration": options.iteration, "megatron_dialect": asked}
     chosen |= {"file_size": options.file_size, "chunk_size": options.chunk_size}
-    return Plan("torch_dist", chosen, opened.fingerprint, (*writing.files, *side), marks, opened.notes)
+    return Plan("torch_dist", chosen, opened.fingerprint, (*writing.files, *side), marks, (*opened.notes, *_without_run_config(opened, options)))
+
+
+def run_config(opened: Opened, options: LayoutOptions, folder: str) -> tuple[SmallFile, ...]:
+    """Megatron-Bridge's description of the model, if the checkpoint is for Bridge and it is known how Bridge builds this architecture."""
+    if options.dialect != BRIDGE or not opened.model.spec.bridge_provider:
+        return ()
+    return (SmallFile(folder + RUN_CONFIG, write_run_config(opened.config, opened.model, weights_dtype(opened))),)
+
+
+def _without_run_config(opened: Opened, options: LayoutOptions) -> Iterator[str]:
+    if options.dialect == BRIDGE and not opened.model.spec.bridge_provider:
+        yield f"no {RUN_CONFIG} is written: how Megatron-Bridge describes {opened.model.spec.model_type} in one is not known"
 
 
 def chunks(stored: MegatronTensor, dtype: DType, chunk_size: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[Run, ...]]]:
@@ -150,7 +166,7 @@ def _aliases(opened: Opened) -> Mapping[str, tuple[str, ...]]:
 
 def common(opened: Opened, options: LayoutOptions) -> dict[str, object]:
     """What common.pt holds: `args`, and the few fields that Megatron's `load_checkpoint` asks for. `checkpoint_version` 3.0: QKV is not reordered."""
-    dtype = next(opened.tensors[name].dtype.name for name, tensor in opened.model.tensors.items() if not tensor.dtype and name in opened.tensors)
+    dtype = weights_dtype(opened)
     return {
         "args": to_args(opened.config, opened.model) | {"params_dtype": dtype, "bf16": dtype == "bfloat16", "fp16": dtype == "float16"},
         "checkpoint_version": 3.0,
@@ -158,6 +174,11 @@ def common(opened: Opened, options: LayoutOptions) -> dict[str, object]:
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
+
+
+def weights_dtype(opened: Opened) -> str:
+    """The dtype of the weights whose dtype the table leaves open."""
+    return next(opened.tensors[name].dtype.name for name, tensor in opened.model.tensors.items() if not tensor.dtype and name in opened.tensors)
 
 
 def layout_json(layout: FileLayout | None) -> bytes:

@@ -148,3 +148,12 @@ def test_the_arguments_of_a_megatron_run_follow_the_config(name: str, wanted: di
     spec, preset = preset_named(name)
     args = to_args(preset.config, bind(spec, preset.config))
     assert {key: args[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "hub"),
+    [("GLM-4.5-355B-A32B", "GLM-4.5"), ("glm4.7-30B-A3B", "GLM-4.7-Flash"), ("glm4-9B", "GLM-4-9B-0414"), ("zai-org/GLM-4.5-Air", "GLM-4.5-Air"),
+     ("glm5.3-flash", "GLM-5.3-Flash"), ("glm4.5v-106B-A12B", "GLM-4.5V")],
+)  # fmt: skip
+def test_a_preset_is_found_by_the_names_that_documents_have_for_it(name, hub):
+    assert preset_named(name)[1].hub == f"zai-org/{hub}"

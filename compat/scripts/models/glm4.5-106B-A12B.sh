@@ -1,0 +1,35 @@
+# zai-org/GLM-4.5-Air as arguments of a Megatron run. Written by scripts/models/write.py: change glmconv/archs and run `make docs`.
+MODEL_ARGS=(
+    --num-layers 46
+    --hidden-size 4096
+    --ffn-hidden-size 10944
+    --vocab-size 151552
+    --disable-bias-linear
+    --swiglu
+    --untie-embeddings-and-output-weights
+    --normalization RMSNorm
+    --position-embedding-type rope
+    --rotary-base 1000000
+    --num-attention-heads 96
+    --group-query-attention
+    --num-query-groups 8
+    --kv-channels 128
+    --add-qkv-bias
+    --rotary-percent 0.5
+    --num-experts 128
+    --moe-layer-freq "[0]*1+[1]*45"
+    --moe-ffn-hidden-size 1408
+    --moe-shared-expert-intermediate-size 1408
+    --moe-router-topk 8
+    --moe-router-topk-scaling-factor 1.0
+    --moe-router-score-function sigmoid
+    --moe-router-pre-softmax
+    --moe-router-enable-expert-bias
+    --moe-router-dtype fp32
+    --moe-grouped-gemm
+    --moe-router-bias-update-rate 0
+    --moe-router-load-balancing-type seq_aux_loss
+    --moe-token-dispatcher-type alltoall
+    --moe-permute-fusion
+    --moe-aux-loss-coeff 0
+)

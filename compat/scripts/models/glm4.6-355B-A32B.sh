@@ -1,0 +1,36 @@
+# zai-org/GLM-4.6 as arguments of a Megatron run. Written by scripts/models/write.py: change glmconv/archs and run `make docs`.
+MODEL_ARGS=(
+    --num-layers 92
+    --hidden-size 5120
+    --ffn-hidden-size 12288
+    --vocab-size 151552
+    --disable-bias-linear
+    --swiglu
+    --untie-embeddings-and-output-weights
+    --normalization RMSNorm
+    --position-embedding-type rope
+    --rotary-base 1000000
+    --num-attention-heads 96
+    --group-query-attention
+    --num-query-groups 8
+    --kv-channels 128
+    --qk-layernorm
+    --add-qkv-bias
+    --rotary-percent 0.5
+    --num-experts 160
+    --moe-layer-freq "[0]*3+[1]*89"
+    --moe-ffn-hidden-size 1536
+    --moe-shared-expert-intermediate-size 1536
+    --moe-router-topk 8
+    --moe-router-topk-scaling-factor 2.5
+    --moe-router-score-function sigmoid
+    --moe-router-pre-softmax
+    --moe-router-enable-expert-bias
+    --moe-router-dtype fp32
+    --moe-grouped-gemm
+    --moe-router-bias-update-rate 0
+    --moe-router-load-balancing-type seq_aux_loss
+    --moe-token-dispatcher-type alltoall
+    --moe-permute-fusion
+    --moe-aux-loss-coeff 0
+)

@@ -1,0 +1,41 @@
+# zai-org/GLM-4.7-Flash as arguments of a Megatron run. Written by scripts/models/write.py: change glmconv/archs and run `make docs`.
+MODEL_ARGS=(
+    --num-layers 47
+    --hidden-size 2048
+    --ffn-hidden-size 10240
+    --vocab-size 154880
+    --disable-bias-linear
+    --swiglu
+    --untie-embeddings-and-output-weights
+    --normalization RMSNorm
+    --position-embedding-type rope
+    --no-position-embedding
+    --rotary-base 1000000
+    --num-attention-heads 20
+    --multi-latent-attention
+    --qk-layernorm
+    --q-lora-rank 768
+    --kv-lora-rank 512
+    --qk-head-dim 192
+    --qk-pos-emb-head-dim 64
+    --v-head-dim 256
+    --kv-channels 192
+    --num-experts 64
+    --moe-layer-freq "[0]*1+[1]*46"
+    --moe-ffn-hidden-size 1536
+    --moe-shared-expert-intermediate-size 1536
+    --moe-router-topk 4
+    --moe-router-topk-scaling-factor 1.8
+    --moe-router-score-function sigmoid
+    --moe-router-pre-softmax
+    --moe-router-enable-expert-bias
+    --moe-router-dtype fp32
+    --moe-grouped-gemm
+    --moe-router-bias-update-rate 0
+    --moe-router-load-balancing-type seq_aux_loss
+    --moe-token-dispatcher-type alltoall
+    --moe-permute-fusion
+    --moe-aux-loss-coeff 0
+    --make-vocab-size-divisible-by 64
+    --no-rope-fusion
+)

@@ -1,0 +1,42 @@
+# zai-org/GLM-5 as arguments of a Megatron run. Written by scripts/models/write.py: change glmconv/archs and run `make docs`.
+MODEL_ARGS=(
+    --num-layers 78
+    --hidden-size 6144
+    --ffn-hidden-size 12288
+    --vocab-size 154880
+    --disable-bias-linear
+    --swiglu
+    --untie-embeddings-and-output-weights
+    --normalization RMSNorm
+    --position-embedding-type rope
+    --no-position-embedding
+    --rotary-base 1000000
+    --num-attention-heads 64
+    --multi-latent-attention
+    --qk-layernorm
+    --q-lora-rank 2048
+    --kv-lora-rank 512
+    --qk-head-dim 192
+    --qk-pos-emb-head-dim 64
+    --v-head-dim 256
+    --kv-channels 192
+    --num-experts 256
+    --moe-layer-freq "[0]*3+[1]*75"
+    --moe-ffn-hidden-size 2048
+    --moe-shared-expert-intermediate-size 2048
+    --moe-router-topk 8
+    --moe-router-topk-scaling-factor 2.5
+    --moe-router-score-function sigmoid
+    --moe-router-pre-softmax
+    --moe-router-enable-expert-bias
+    --moe-router-dtype fp32
+    --moe-grouped-gemm
+    --moe-router-bias-update-rate 0
+    --moe-router-load-balancing-type seq_aux_loss
+    --moe-token-dispatcher-type alltoall
+    --moe-permute-fusion
+    --moe-aux-loss-coeff 0
+    --spec slime_plugins.models.glm5.glm5 get_glm5_spec
+    --make-vocab-size-divisible-by 16
+    --enable-experimental
+)
