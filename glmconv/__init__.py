@@ -1,7 +1,7 @@
 """glmconv: GLM checkpoints between Hugging Face, Megatron torch_dist, FP8, AWQ and GGUF, on CPUs, streaming, resumable, exact.
 
-The same verbs as on the command line, as functions: `open_checkpoint`, `plan`, `convert`, `verify`. Importing this package is quick; what a
-verb needs is imported when it is first used.
+The same verbs as on the command line, as functions: `open_checkpoint`, `plan`, `convert`, `verify`, `run_pipeline` ... Importing this package is quick; what a verb
+needs is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -14,16 +14,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from glmconv.check.verify import verify, verify_output, verify_same
     from glmconv.checkpoint import Checkpoint, LazyTensor, open_checkpoint
+    from glmconv.cli.pipelines import load_pipeline
     from glmconv.convert import Options, convert, plan
     from glmconv.errors import GlmconvError
+    from glmconv.fleet.pipeline import Pipeline
+    from glmconv.fleet.steps import run_pipeline, survey
 
 VERBS = {
     "Checkpoint": "glmconv.checkpoint", "LazyTensor": "glmconv.checkpoint", "open_checkpoint": "glmconv.checkpoint",
     "Options": "glmconv.convert", "convert": "glmconv.convert", "plan": "glmconv.convert", "verify": "glmconv.check.verify",
+    "Pipeline": "glmconv.fleet.pipeline", "load_pipeline": "glmconv.cli.pipelines", "run_pipeline": "glmconv.fleet.steps",
+    "survey": "glmconv.fleet.steps",
     "verify_output": "glmconv.check.verify", "verify_same": "glmconv.check.verify", "GlmconvError": "glmconv.errors",
 }  # fmt: skip
 __all__ = [
-    "Checkpoint", "GlmconvError", "LazyTensor", "Options", "convert", "open_checkpoint", "plan", "verify", "verify_output", "verify_same",
+    "Checkpoint", "GlmconvError", "LazyTensor", "Options", "Pipeline", "convert", "load_pipeline", "open_checkpoint", "plan", "run_pipeline",
+    "survey", "verify", "verify_output", "verify_same",
 ]  # fmt: skip
 
 

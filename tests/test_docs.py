@@ -15,6 +15,7 @@ import click
 import pytest
 
 from glmconv.cli import COMMANDS, group
+from glmconv.cli.pipelines import load_pipeline
 from glmconv.errors import ExitCode
 from tests.conftest import Glmconv
 
@@ -26,6 +27,7 @@ SECTIONS = {
     (): ("glmconv",),
     ("convert",): ("glmconv convert", RUN, OUTPUT),
     ("plan",): ("glmconv plan", RUN, OUTPUT),
+    ("run",): ("glmconv run", OUTPUT),
     ("verify",): ("glmconv verify", OUTPUT),
     ("inspect",): ("glmconv inspect", OUTPUT),
     ("toy",): ("glmconv toy", OUTPUT),
@@ -36,7 +38,7 @@ SECTIONS = {
 
 def blocks(text: str, kind: str = "") -> Iterator[str]:
     """The fenced code blocks of one language."""
-    yield from re.findall(rf"^```{kind}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    yield from (code for language, code in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) if language == kind)
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
@@ -109,7 +111,11 @@ def test_every_command_of_the_readme_runs_and_says_what_the_readme_shows(here, g
         assert said.splitlines() == [row for row in shown if row], line
 
 
+PIPELINE = "source: toy\ntargets: {torch_dist: '${BASE_DIR}/mcore', fp8: '${BASE_DIR}/fp8'}\n"
+
+
 def test_every_command_of_the_command_lines_document_runs(here, glmconv):
+    (here / "pipeline.yaml").write_text(PIPELINE)
     ran = [line for line, *_ in run_all(CLI, glmconv)]
     assert {shlex.split(line)[1] for line in ran} == set(COMMANDS)
 
@@ -168,3 +174,12 @@ def test_json_has_the_fields_that_the_document_names(here, glmconv):
     assert [keys("convert", "toy", "mcore", "--to", "torch_dist")] == fields("glmconv convert")
     assert [keys("verify", "toy", "mcore"), keys("verify", "mcore")] == fields("glmconv verify")
     assert [keys("models", "list")] == fields("glmconv models")
+    (here / "pipeline.yaml").write_text("source: toy\ntargets: {torch_dist: mcore}\n")
+    assert [keys("run", "pipeline.yaml", "--dry-run")] == fields("glmconv run")
+
+
+def test_the_pipeline_in_the_document_is_in_order(here):
+    (text,) = blocks(CLI, "yaml")
+    (here / "pipeline.yaml").write_text(text)
+    pipeline = load_pipeline("pipeline.yaml", {"BASE_DIR": "/data"})
+    assert [target.spec.to for target in pipeline.targets] == ["torch_dist", "fp8", "gguf:Q4_K_M"]

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "glmconv"
 FLOORS = (
     {"__main__"},
     {"cli"},
+    {"fleet"},
     {"convert", "check", "calibration", "toy"},
     {"checkpoint", "targets"},
     {"formats"},

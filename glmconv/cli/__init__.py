@@ -16,6 +16,7 @@ COMMANDS = {
     "inspect": "Say what a checkpoint is and whether it is complete.",
     "models": "List the presets, or show an architecture's table.",
     "plan": "Say what a conversion would read, write and need.",
+    "run": "Carry out a pipeline: download, convert into several formats, verify.",
     "toy": "Make a small checkpoint of a preset.",
     "verify": "Compare two checkpoints bit by bit, or one with its manifest.",
 }

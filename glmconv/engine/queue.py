@@ -6,16 +6,17 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from glmconv.engine.plan import sha256
-from glmconv.errors import OutputError, SourceError, UsageError
+from glmconv.engine.ranks import meeting, ranks_here, store_of, this_rank
+from glmconv.errors import OutputError, SourceError
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 T = TypeVar("T")
+__all__ = ["JobQueue", "LocalQueue", "StoreQueue", "open_queue", "ranks_here", "this_rank"]
 BEAT_SECONDS = 1.0
 
 
@@ -105,38 +106,9 @@ def open_queue(
     `name` tells commands of one torchrun job apart (their destinations do), so that one may follow another.
     """
     env = os.environ if environment is None else environment
-    ranks = number(env, "WORLD_SIZE" if "RANK" in env else "SLURM_NTASKS", 1)
-    if ranks <= 1 or "MASTER_ADDR" not in env:
+    place = meeting(env)
+    if place is None:
         return LocalQueue(count)
-    rank = number(env, "RANK" if "RANK" in env else "SLURM_PROCID", 0)
-    agent = env.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() in ("1", "true")
-    hosted = rank == 0 and not agent
-    port = number(env, "MASTER_PORT", 29511)
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    try:
-        store = TCPStore(env["MASTER_ADDR"], port, is_master=hosted, wait_for_workers=False, timeout=timedelta(seconds=timeout))
-    except (RuntimeError, OSError) as error:
-        raise OutputError(
-            f"rank {rank} cannot reach the job's store at {env['MASTER_ADDR']}:{port}.", hint="Check MASTER_ADDR and MASTER_PORT on every node."
-        ) from error
     restart = env.get("TORCHELASTIC_RESTART_COUNT", "0")
     key = f"{sha256(name.encode())[:16]}/{restart}"
-    return StoreQueue(store, plan_ids, count, rank=rank, ranks=ranks, key=key, hosted=hosted)
-
-
-def this_rank() -> int:
-    """This process's number among torchrun's or SLURM's ranks; 0 when it works alone. UsageError if the environment names no number."""
-    return number(os.environ, "RANK" if "RANK" in os.environ else "SLURM_PROCID", 0)
-
-
-def ranks_here() -> int:
-    """How many ranks share this machine."""
-    return max(1, number(os.environ, "LOCAL_WORLD_SIZE", 1))
-
-
-def number(env: Mapping[str, str], key: str, default: int) -> int:
-    text = env.get(key, str(default))
-    if not text.isascii() or not text.isdigit() or len(text) > 9:
-        raise UsageError(f"{key}={text} in the environment is not a number.")
-    return int(text)
+    return StoreQueue(store_of(place, timeout), plan_ids, count, rank=place.rank, ranks=place.ranks, key=key, hosted=place.hosted)
