@@ -1,7 +1,7 @@
 """glmconv: GLM checkpoints between Hugging Face, Megatron torch_dist, FP8, AWQ and GGUF, on CPUs, streaming, resumable, exact.
 
-The same verbs as on the command line, as functions: `open_checkpoint`, `plan`, `convert`, `verify`, `run_pipeline` ... Importing this package is quick; what a verb
-needs is imported when it is first used.
+The same verbs as on the command line, as functions: `open_checkpoint`, `plan`, `convert`, `verify`, `run_pipeline` ... Importing this package is
+quick; what a verb needs is imported when it is first used.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from glmconv.engine.plan import sha256
@@ -42,6 +42,9 @@ class StoreQueue:
 
     Beside it lie hints that save work: which jobs some rank has found or made complete, and a heartbeat, so that one long job is not taken
     for a dead rank. `hosted` tells that the store lives in this process, which therefore leaves last.
+
+    A rank that torchrun has started again finds the store as its earlier life left it. It first takes what was taken and never reported; of
+    several ranks in their same life only one takes each such job. A count of restarts would not do: torchrun's agents do not agree on it.
     """
 
     def __init__(self, store: TCPStore, plan_ids: Sequence[str], count: int, *, rank: int, ranks: int, key: str = "", hosted: bool = False) -> None:
@@ -54,10 +57,24 @@ class StoreQueue:
         agreed = self._ask(lambda: self._store.compare_set(self._key + "plans", "", mine)).decode("ascii", "replace")
         if agreed != mine:
             raise SourceError(f"rank {rank} sees another source than the other ranks.", hint="Give every node the same files and options.")
+        life = self._ask(lambda: self._store.add(f"{self._key}lives/{rank}", 1))
+        self._left_behind = self._taken_before(life) if life > 1 else iter(())
+        self._one_looks = threading.Lock()
 
     def next(self) -> int | None:
+        with self._one_looks:
+            again = next(self._left_behind, None)
+        if again is not None:
+            return again
         number = self._ask(lambda: self._store.add(self._key + "next", 1)) - 1
         return number if number < self._count else None
+
+    def _taken_before(self, life: int) -> Iterator[int]:
+        """The jobs that were taken before this life began and are not reported; a job that a living rank is at is done twice, which does no harm."""
+        taken = self._ask(lambda: self._store.add(self._key + "next", 0))
+        for number in range(min(taken, self._count)):
+            if not self.reported(number) and self._ask(lambda number=number: self._store.add(f"{self._key}again/{life}/{number}", 1)) == 1:  # type: ignore[misc]
+                yield number
 
     def report(self, job: int) -> None:
         """Say that this job's file is complete."""
@@ -109,6 +126,5 @@ def open_queue(
     place = meeting(env)
     if place is None:
         return LocalQueue(count)
-    restart = env.get("TORCHELASTIC_RESTART_COUNT", "0")
-    key = f"{sha256(name.encode())[:16]}/{restart}"
+    key = sha256(name.encode())[:16]
     return StoreQueue(store_of(place, timeout), plan_ids, count, rank=place.rank, ranks=place.ranks, key=key, hosted=place.hosted)
