@@ -13,6 +13,7 @@ from glmconv.errors import ExitCode
 
 COMMANDS = {
     "convert": "Convert a checkpoint into one or several formats.",
+    "doctor": "Look at this installation, its machines and shared folders.",
     "inspect": "Say what a checkpoint is and whether it is complete.",
     "models": "List the presets, or show an architecture's table.",
     "plan": "Say what a conversion would read, write and need.",
