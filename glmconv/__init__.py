@@ -17,19 +17,23 @@ if TYPE_CHECKING:
     from glmconv.cli.pipelines import load_pipeline
     from glmconv.convert import Options, convert, plan
     from glmconv.errors import GlmconvError
+    from glmconv.fleet.doctor import doctor
     from glmconv.fleet.pipeline import Pipeline
+    from glmconv.fleet.serving import preset_serving_plan, serving_plan
     from glmconv.fleet.steps import run_pipeline, survey
+    from glmconv.fleet.sync import sync
 
 VERBS = {
     "Checkpoint": "glmconv.checkpoint", "LazyTensor": "glmconv.checkpoint", "open_checkpoint": "glmconv.checkpoint",
     "Options": "glmconv.convert", "convert": "glmconv.convert", "plan": "glmconv.convert", "verify": "glmconv.check.verify",
     "Pipeline": "glmconv.fleet.pipeline", "load_pipeline": "glmconv.cli.pipelines", "run_pipeline": "glmconv.fleet.steps",
-    "survey": "glmconv.fleet.steps",
+    "survey": "glmconv.fleet.steps", "doctor": "glmconv.fleet.doctor", "preset_serving_plan": "glmconv.fleet.serving",
+    "serving_plan": "glmconv.fleet.serving", "sync": "glmconv.fleet.sync",
     "verify_output": "glmconv.check.verify", "verify_same": "glmconv.check.verify", "GlmconvError": "glmconv.errors",
 }  # fmt: skip
 __all__ = [
-    "Checkpoint", "GlmconvError", "LazyTensor", "Options", "Pipeline", "convert", "load_pipeline", "open_checkpoint", "plan", "run_pipeline",
-    "survey", "verify", "verify_output", "verify_same",
+    "Checkpoint", "GlmconvError", "LazyTensor", "Options", "Pipeline", "convert", "doctor", "load_pipeline", "open_checkpoint", "plan",
+    "preset_serving_plan", "run_pipeline", "serving_plan", "survey", "sync", "verify", "verify_output", "verify_same",
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,8 @@ SECTIONS = {
     ("convert",): ("glmconv convert", RUN, OUTPUT),
     ("plan",): ("glmconv plan", RUN, OUTPUT),
     ("run",): ("glmconv run", OUTPUT),
+    ("sync",): ("glmconv sync", OUTPUT),
+    ("doctor",): ("glmconv doctor", OUTPUT),
     ("verify",): ("glmconv verify", OUTPUT),
     ("inspect",): ("glmconv inspect", OUTPUT),
     ("toy",): ("glmconv toy", OUTPUT),
@@ -88,11 +91,18 @@ def command_of(path: tuple[str, ...]) -> click.Command:
     return found.commands[path[1]] if isinstance(found, click.Group) else found
 
 
+def here_are(names: set[str]) -> set[str]:
+    """Those of the commands that can be run here: copying needs rsync."""
+    return names - (set() if shutil.which("rsync") else {"sync"})
+
+
 def run_all(text: str, glmconv: Glmconv) -> Iterator[tuple[str, str, list[str]]]:
     """Run a document's commands one after another here: (command, stdout without this folder's path, what the document shows)."""
     for line, shown in commands(text):
-        name, *arguments = shlex.split(line)
+        name, *arguments = shlex.split(line.replace("$PWD", os.getcwd()))
         assert name == "glmconv", line
+        if arguments[0] not in here_are(set(COMMANDS)):
+            continue
         answer = glmconv(*arguments)
         assert answer.code == 0, f"{line}: {answer.err}"
         yield line, answer.out.replace(f"{os.getcwd()}/", ""), shown
@@ -117,7 +127,7 @@ PIPELINE = "source: toy\ntargets: {torch_dist: '${BASE_DIR}/mcore', fp8: '${BASE
 def test_every_command_of_the_command_lines_document_runs(here, glmconv):
     (here / "pipeline.yaml").write_text(PIPELINE)
     ran = [line for line, *_ in run_all(CLI, glmconv)]
-    assert {shlex.split(line)[1] for line in ran} == set(COMMANDS)
+    assert {shlex.split(line)[1] for line in ran} == here_are(set(COMMANDS))
 
 
 def test_the_readmes_python_runs(here, glmconv, capfd):
@@ -176,6 +186,9 @@ def test_json_has_the_fields_that_the_document_names(here, glmconv):
     assert [keys("models", "list")] == fields("glmconv models")
     (here / "pipeline.yaml").write_text("source: toy\ntargets: {torch_dist: mcore}\n")
     assert [keys("run", "pipeline.yaml", "--dry-run")] == fields("glmconv run")
+    assert [keys("doctor", ".")] == fields("glmconv doctor")
+    if "sync" in here_are(set(COMMANDS)):
+        assert [keys("sync", "mcore", f"{here}/copy", "--host", "localhost")] == fields("glmconv sync")
 
 
 def test_the_pipeline_in_the_document_is_in_order(here):

@@ -63,7 +63,7 @@ class Gathering:
         for rank in range(self.ranks):
             key = f"{self._key}{name}/{rank}"
             self._wait(key)
-            said = parse(self._ask(lambda store, key=key: store.get(key)), file=f"rank {rank}", limit=LIMIT)  # type: ignore[misc]
+            said = parse(self._ask(lambda store, key=key: store.get(key)), file=f"rank {rank}", limit=LIMIT)
             found.append(said if isinstance(said, dict) else {})
         return found
 

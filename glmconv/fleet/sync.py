@@ -17,7 +17,7 @@ from glmconv.engine.journal import BESIDE, MANIFEST, STATE
 from glmconv.engine.manifest import Manifest, load_manifest
 from glmconv.engine.preflight import refuse_source
 from glmconv.errors import DestinationError, ExitCode, GlmconvError, Interrupted, OutputError, SourceError, UsageError, VerificationError, printable
-from glmconv.fleet.hosts import Machine
+from glmconv.fleet.hosts import Machine, machine
 from glmconv.fleet.programs import REMOTE_SHELL, on, rsync
 
 CLAIM = f"{STATE}/plan.json"
@@ -188,7 +188,7 @@ class Courier:
 
 
 def sync(
-    source: str | Path, folder: str, machines: Sequence[Machine], *, remote_shell: str = REMOTE_SHELL, at_once: int = 4,
+    source: str | Path, folder: str, machines: Sequence[Machine | str], *, remote_shell: str = REMOTE_SHELL, at_once: int = 4,
     stop: threading.Event | None = None, log: Callable[[str], None] | None = None,
 ) -> list[Copy]:  # fmt: skip
     """Copy a finished output into `folder` of each machine, checked there by sha256; its manifest is there last, and only if all is right.
@@ -196,21 +196,22 @@ def sync(
     A machine that fails does not keep the others from theirs: its `Copy` has the problem and its exit code. The same call again goes on.
     Raises SourceError, UsageError, CapacityError (no rsync) and Interrupted.
     """
+    named = list(dict.fromkeys(machine(name) if isinstance(name, str) else name for name in machines))
     made, base = package(source, checked_folder(folder))
 
-    def one(machine: Machine) -> Copy:
+    def one(there: Machine) -> Copy:
         try:
-            copy = Courier(made, machine, base, remote_shell, stop).deliver()
+            copy = Courier(made, there, base, remote_shell, stop).deliver()
         except (Interrupted, UsageError):
             raise
         except GlmconvError as problem:
-            copy = Copy(machine.name, "", 0, problem.line, int(problem.code))
+            copy = Copy(there.name, "", 0, problem.line, int(problem.code))
         if log:
             log(f"{copy.host}: {copy.state or copy.problem}")
         return copy
 
-    with ThreadPoolExecutor(max(1, min(at_once, len(machines)))) as pool:
-        return list(pool.map(one, machines))
+    with ThreadPoolExecutor(max(1, min(at_once, len(named)))) as pool:
+        return list(pool.map(one, named))
 
 
 def failure(copies: Sequence[Copy]) -> Iterator[tuple[ExitCode, str]]:
