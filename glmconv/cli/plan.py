@@ -80,7 +80,7 @@ def show_plan(
 
     out, fleet = output_of(ctx), fleet or Fleet()
     serving = serving_plan(src, fleet.gpu_memory, to, options=options) if fleet.gpu_memory else None
-    if serving and not to:  # nothing is to be converted: what of it could be served is the question
+    if serving and not to and dst is None:  # nothing is to be converted: what of it could be served is the question
         if out.json:
             out.json_data({"serving": asdict(serving)})
         else:

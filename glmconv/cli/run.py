@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -71,10 +72,10 @@ def command(
     if dry_run:
         show(out, survey(found, only, run))
         return 0
-    if not only or "download" in only:
+    if found.download and (not only or "download" in only):
         download(found)  # before signals are ours: it ends at the first Ctrl-C, and goes on by itself
-    elif not Path(found.source).exists() and found.download is None:
-        downloaded(found.source)
+    elif not found.download:
+        downloaded(*found.sources_elsewhere())
     with stoppable() as stop, out.bar("run") as (started, progress):
         steps, notes = run_pipeline(found, only=only, run=run, watch=Watch(started, progress, stop, out.detail))
     for note in notes:
@@ -88,7 +89,7 @@ def script(pipeline: Path, settings: dict[str, str], only: Sequence[str], nodes:
     """The batch script; the options of this command line are in it."""
     from glmconv.fleet.sbatch import Batch, sbatch
 
-    words = ["glmconv", "run", str(pipeline.absolute()), *(word for name in only for word in ("--only", name))]
+    words = [sys.executable, "-m", "glmconv", "run", str(pipeline.absolute()), *(word for name in only for word in ("--only", name))]
     for name in ("workers", "max_memory"):
         words += [f"--{name.replace('_', '-')}", str(run[name])] if run[name] else []
     words += ["--resume-check", "sampled"] if run["resume_check"] == "sampled" else []

@@ -77,6 +77,12 @@ class Pipeline:
     download: Download | None = None
     verify: tuple[str, ...] = ("sample",)
 
+    def sources_elsewhere(self) -> list[str]:
+        """The sources that are Hub ids, not folders here and not made by this pipeline."""
+        ours = {str(target.path) for target in self.targets}
+        named = dict.fromkeys((self.source, *(target.source for target in self.targets)))
+        return [source for source in named if HUB_ID.match(source) and source not in ours and not Path(source).exists()]
+
     def chosen(self, names: tuple[str, ...]) -> tuple[PipelineTarget, ...]:
         """The targets of these names, all of them if none is named. UsageError for a name that is no step."""
         known = [*(target.name for target in self.targets), *STEPS]

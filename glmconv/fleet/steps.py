@@ -9,6 +9,7 @@ from pathlib import Path
 
 from glmconv.check.read_back import read_back
 from glmconv.check.verify import verify_output
+from glmconv.checkpoint import HUB_ID
 from glmconv.convert import Converted, Options, convert, plan_targets, refuse_sources
 from glmconv.engine.files import Disk
 from glmconv.engine.journal import MANIFEST, folder_of_file
@@ -109,10 +110,11 @@ def wanted(pipeline: Pipeline, only: tuple[str, ...]) -> tuple[PipelineTarget, .
 
 
 def surveyed(pipeline: Pipeline, reading: Reading, run: Mapping[str, object]) -> Iterator[Step]:
-    """The targets of one reading. A source that is still to be made or downloaded is no error."""
+    """The targets of one reading. A source that is still to be made or downloaded is no error, and is not fetched for this."""
     ours = {str(target.path) for target in pipeline.targets}
     pending = reading.source in ours and not (output_folder(Path(reading.source)) / MANIFEST).exists()
-    pending = pending or (reading.source == pipeline.source and pipeline.download is not None and not Path(reading.source).exists())
+    downloads = reading.source == pipeline.source and pipeline.download is not None
+    pending = pending or ((downloads or HUB_ID.match(reading.source) is not None) and not Path(reading.source).exists())
     if pending:
         yield from (Step(t.name, f"convert to {t.spec.to}", reading.source, str(t.path), WAITS) for t in reading.targets)
         return

@@ -205,6 +205,8 @@ def sync(
         except (Interrupted, UsageError):
             raise
         except GlmconvError as problem:
+            if stop is not None and stop.is_set():  # a Ctrl-C of the terminal's ends rsync too
+                raise Interrupted(int(getattr(stop, "signum", 2))) from problem
             copy = Copy(there.name, "", 0, problem.line, int(problem.code))
         if log:
             log(f"{copy.host}: {copy.state or copy.problem}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from glmconv import Options, convert
+from glmconv import Options, convert, verify_same
 from tests.cli.processes import ENVIRONMENT, ROOT
 from tests.fleet.hub import COMMIT, Hub, hub
 from tests.roundtrip.shards import contents, copied
@@ -26,6 +26,15 @@ for pid in "${pids[@]}"; do wait "$pid" || exit $?; done
 """
 
 
+TWO_READINGS = """\
+source: ${BASE_DIR}/GLM-4.5
+targets:
+  hf: {source: '${BASE_DIR}/out', path: '${BASE_DIR}/back'}
+  torch_dist: '${BASE_DIR}/out'
+options: {shard-size: 50kB}
+"""
+
+
 @pytest.fixture
 def base(tiny, tmp_path):
     copied(tiny, tmp_path / "GLM-4.5")
@@ -34,7 +43,7 @@ def base(tiny, tmp_path):
 
 def test_the_batch_script_runs_the_pipeline_under_srun(base, glmconv):
     """With stand-ins for SLURM's two commands, which set what SLURM's set; MASTER_ADDR is then taken from the list of nodes."""
-    (base / "p.yaml").write_text("source: ${BASE_DIR}/GLM-4.5\ntargets: {torch_dist: '${BASE_DIR}/out'}\noptions: {shard-size: 50kB}\n")
+    (base / "p.yaml").write_text(TWO_READINGS)
     answer = glmconv("run", base / "p.yaml", "--emit-sbatch", "--nodes", 2, "--ranks-per-node", 8, "--set", f"BASE_DIR={base}")
     assert answer.code == 0
     assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=8\n" in answer.out
@@ -50,6 +59,7 @@ def test_the_batch_script_runs_the_pipeline_under_srun(base, glmconv):
     assert job.stdout.count("torch_dist  convert to torch_dist") == 1  # rank 0 speaks for all
     convert(base / "GLM-4.5", {"torch_dist": base / "alone"}, options=Options(file_size=50_000))
     assert contents(base / "out") == contents(base / "alone")
+    assert verify_same(base / "GLM-4.5", base / "back").same
 
 
 def test_a_setting_is_quoted_in_the_batch_script(base, glmconv):

@@ -82,6 +82,21 @@ def test_a_dry_run_shows_what_is_done_and_what_is_left_and_writes_nothing(base, 
     assert sizes["fp8"][0] == sizes["fp8"][1] > 0
 
 
+def test_a_dry_run_of_a_source_on_the_hub_fetches_nothing(tmp_path, glmconv, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("hub.yaml").write_text("source: zai-org/GLM-4.5\ntargets: {torch_dist: out}\n")
+    answer = glmconv("run", "hub.yaml", "-n", "--json")
+    assert (answer.code, states(answer)) == (0, {"torch_dist": "waits for its source"})
+    assert glmconv("run", "hub.yaml").code == 5  # offline, and nowhere in the cache
+
+
+def test_a_relative_path_of_a_target_is_not_taken_for_a_repository_of_the_hub(tiny, tmp_path, glmconv, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("chain.yaml").write_text(f"source: {tiny}\ntargets: {{torch_dist: made/mcore, hf: {{source: made/mcore, path: made/back}}}}\n")
+    answer = glmconv("run", "chain.yaml", "--json")
+    assert (answer.code, states(answer)) == (0, {"torch_dist": "converted", "hf": "converted"}), answer.err
+
+
 def test_a_second_run_writes_nothing_and_an_unfinished_target_is_finished(base, glmconv):
     assert glmconv("run", base / "pipeline.yaml").code == 0
     before = marks(base)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
 from glmconv import convert
 from glmconv.check.verify import verify_output
-from glmconv.errors import UsageError
+from glmconv.errors import Interrupted, UsageError
 from glmconv.fleet.hosts import Machine, machine, read_hostfile
+from glmconv.fleet.programs import run
 from tests.roundtrip.shards import MANIFEST, contents, marks
 
 pytestmark = pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync is not installed")
@@ -166,3 +168,10 @@ def test_without_rsync_it_is_exit_3_with_what_to_install(output, tmp_path, glmco
     monkeypatch.setenv("PATH", str(tools))
     answer = glmconv("sync", output, tmp_path / "there", "--host", "localhost")
     assert (answer.code, "rsync is not installed" in answer.err) == (3, True)
+
+
+def test_a_signal_ends_the_program_that_copies():
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Interrupted):
+        run(["sleep", "600"], "", stop)
