@@ -16,10 +16,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test interop lint format docs soak bench clean
+.PHONY: help setup demo test interop lint format docs soak bench clean download torch_dist hf fp8 awq gguf verify all
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9_]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(INSTALLED) ## Install glmconv and all that its tests need into .venv
 
@@ -87,3 +87,39 @@ bench: $(INSTALLED) ## Run the benchmarks
 clean: ## Remove what was built, except .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# Pipelines: `make all MODEL=zai-org/GLM-4.5 BASE_DIR=/data`. What is done already is left alone, by its manifest; `make -n` shows the commands.
+# On many nodes the same line on each, with NNODES=, NODE_RANK= and MASTER_ADDR=, or with HOSTFILE= (a host a line) and NODE_RANK=.
+MODEL ?=
+BASE_DIR ?=
+NAME ?= $(notdir $(MODEL))
+GGUF_TYPE ?= Q4_K_M
+TRAINED ?= $(BASE_DIR)/$(NAME)_torch_dist
+HOSTFILE ?=
+HOSTS := $(if $(HOSTFILE),$(shell awk '$$1 && $$1 !~ /^\#/ { print $$1 }' '$(HOSTFILE)'))
+NNODES ?= $(if $(HOSTS),$(words $(HOSTS)),1)
+NODE_RANK ?= 0
+NPROC_PER_NODE ?= 1
+MASTER_ADDR ?= $(or $(firstword $(HOSTS)),127.0.0.1)
+MASTER_PORT ?= 12345
+
+STEPS := download torch_dist hf fp8 awq gguf verify all
+NO_PROXY_HERE := env -u http_proxy -u https_proxy -u all_proxy -u HTTP_PROXY -u HTTPS_PROXY -u ALL_PROXY
+TORCHRUN = $(NO_PROXY_HERE) $(BIN)/torchrun --nnodes $(NNODES) --nproc-per-node $(NPROC_PER_NODE) --node-rank $(NODE_RANK) \
+	--master-addr $(MASTER_ADDR) --master-port $(MASTER_PORT) --max-restarts 3 -m glmconv
+RELEASE = pipelines/release.yaml --set 'MODEL=$(MODEL)' --set 'GGUF_TYPE=$(GGUF_TYPE)'$(if $(filter all,$@),, --only $@)
+PIPELINE = $(if $(filter hf,$@),pipelines/export.yaml --set 'TRAINED=$(TRAINED)',$(RELEASE)) --set 'BASE_DIR=$(BASE_DIR)' --set 'NAME=$(NAME)'
+ALONE = $(filter download verify,$@)$(filter 1x1,$(NNODES)x$(NPROC_PER_NODE))
+
+download: ## Pipeline: fetch MODEL (a Hub id or preset) into BASE_DIR
+torch_dist: ## Pipeline: BASE_DIR/NAME to Megatron's torch_dist
+hf: ## Pipeline: TRAINED, a torch_dist checkpoint, back to Hugging Face
+fp8: ## Pipeline: BASE_DIR/NAME to FP8
+awq: ## Pipeline: BASE_DIR/NAME to 4 bits
+gguf: ## Pipeline: BASE_DIR/NAME to llama.cpp's file, GGUF_TYPE=Q4_K_M
+verify: ## Pipeline: check every output that is there
+all: ## Pipeline: all of these but hf, the source read once
+
+$(STEPS): $(INSTALLED)
+	$(if $(and $(MODEL),$(BASE_DIR)),,$(error make $@ needs MODEL= and BASE_DIR=: make $@ MODEL=zai-org/GLM-4.5 BASE_DIR=/data))
+	$(if $(ALONE),$(BIN)/glmconv,$(TORCHRUN)) run $(PIPELINE)

@@ -1,7 +1,7 @@
 """glmconv: GLM checkpoints between Hugging Face, Megatron torch_dist, FP8, AWQ and GGUF, on CPUs, streaming, resumable, exact.
 
-The same verbs as on the command line, as functions: `open_checkpoint`, `plan`, `convert`, `verify`. Importing this package is quick; what a
-verb needs is imported when it is first used.
+The same verbs as on the command line, as functions: `open_checkpoint`, `plan`, `convert`, `verify`, `run_pipeline` ... Importing this package is
+quick; what a verb needs is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -15,19 +15,29 @@ if TYPE_CHECKING:
     from glmconv.check.launch import disagreements
     from glmconv.check.verify import verify, verify_output, verify_same
     from glmconv.checkpoint import Checkpoint, LazyTensor, open_checkpoint
+    from glmconv.cli.pipelines import load_pipeline
     from glmconv.convert import Options, convert, plan
     from glmconv.errors import GlmconvError
+    from glmconv.fleet.doctor import doctor
+    from glmconv.fleet.pipeline import Pipeline
+    from glmconv.fleet.serving import preset_serving_plan, serving_plan
+    from glmconv.fleet.steps import run_pipeline, survey
+    from glmconv.fleet.sync import sync
     from glmconv.formats.megatron_flags import megatron_flags, read_flags
 
 VERBS = {
     "Checkpoint": "glmconv.checkpoint", "LazyTensor": "glmconv.checkpoint", "open_checkpoint": "glmconv.checkpoint",
     "Options": "glmconv.convert", "convert": "glmconv.convert", "plan": "glmconv.convert", "verify": "glmconv.check.verify",
+    "Pipeline": "glmconv.fleet.pipeline", "load_pipeline": "glmconv.cli.pipelines", "run_pipeline": "glmconv.fleet.steps",
+    "survey": "glmconv.fleet.steps", "doctor": "glmconv.fleet.doctor", "preset_serving_plan": "glmconv.fleet.serving",
+    "serving_plan": "glmconv.fleet.serving", "sync": "glmconv.fleet.sync",
     "verify_output": "glmconv.check.verify", "verify_same": "glmconv.check.verify", "GlmconvError": "glmconv.errors",
     "disagreements": "glmconv.check.launch", "megatron_flags": "glmconv.formats.megatron_flags", "read_flags": "glmconv.formats.megatron_flags",
 }  # fmt: skip
 __all__ = [
-    "Checkpoint", "GlmconvError", "LazyTensor", "Options", "convert", "disagreements", "megatron_flags", "open_checkpoint", "plan", "read_flags",
-    "verify", "verify_output", "verify_same",
+    "Checkpoint", "GlmconvError", "LazyTensor", "Options", "Pipeline", "convert", "disagreements", "doctor", "load_pipeline", "megatron_flags",
+    "open_checkpoint", "plan", "preset_serving_plan", "read_flags", "run_pipeline", "serving_plan", "survey", "sync", "verify", "verify_output",
+    "verify_same",
 ]  # fmt: skip
 
 

@@ -130,9 +130,9 @@ def open_checkpoint(
     """Open a folder, a Hub repository, or a GGUF file, of any known format.
 
     mtp False leaves the MTP layers out, `mtp_from` takes them from another checkpoint; `lora` is an adapter to merge; `origin` is the Hugging
-    Face release of a torch_dist checkpoint that a trainer saved, `dialect` the trainer's, where its tensors do not tell; `mmproj` is the file of a GGUF model's vision tower,
-    whose tensors are otherwise named in `opened.apart` and not there. `strict` False keeps missing, unexpected and wrong tensors in `opened`
-    instead of raising for them.
+    Face release of a torch_dist checkpoint that a trainer saved, `dialect` the trainer's, where its tensors do not tell; `mmproj` is the file of
+    a GGUF model's vision tower, whose tensors are otherwise named in `opened.apart` and not there. `strict` False keeps missing, unexpected and
+    wrong tensors in `opened` instead of raising for them.
     Raises SourceError (broken, incomplete, hostile) or UnsupportedError (a format or architecture that is not known).
     """
     place = resolve(path)

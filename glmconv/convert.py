@@ -46,8 +46,8 @@ class Options:
     """What a conversion may be told. `file_size` in bytes; `max_memory` in bytes of resident memory; `mtp` False drops the MTP layers.
 
     `megatron_dialect` is the trainer whose names and row orders a torch_dist target is written in, `source_dialect` the one of the source, where its
-    tensors do not tell; `mtp_from` is a checkpoint to take the MTP layers from, `mmproj` the file of a GGUF source's vision tower, `lora` an adapter to
-    merge.
+    tensors do not tell; `mtp_from` is a checkpoint to take the MTP layers from, `mmproj` the file of a GGUF source's vision tower, `lora` an
+    adapter to merge.
 
     For quantized targets: `keep` are regular expressions of tensors to leave as they are, `first_layers_bf16` and `last_layers_bf16` whole
     layers; `ragged` "quantize" encodes even what no serving engine loads; `serve_tp`, `serve_ep` are the ranks it is to be served on;

@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import click
 import pytest
 
 from glmconv.cli import COMMANDS, group
+from glmconv.cli.pipelines import load_pipeline
 from glmconv.errors import ExitCode
 from tests.conftest import Glmconv
 
@@ -26,6 +28,9 @@ SECTIONS = {
     (): ("glmconv",),
     ("convert",): ("glmconv convert", RUN, OUTPUT),
     ("plan",): ("glmconv plan", RUN, OUTPUT),
+    ("run",): ("glmconv run", OUTPUT),
+    ("sync",): ("glmconv sync", OUTPUT),
+    ("doctor",): ("glmconv doctor", OUTPUT),
     ("verify",): ("glmconv verify", OUTPUT),
     ("inspect",): ("glmconv inspect", OUTPUT),
     ("toy",): ("glmconv toy", OUTPUT),
@@ -36,7 +41,7 @@ SECTIONS = {
 
 def blocks(text: str, kind: str = "") -> Iterator[str]:
     """The fenced code blocks of one language."""
-    yield from re.findall(rf"^```{kind}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    yield from (code for language, code in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) if language == kind)
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
@@ -86,11 +91,18 @@ def command_of(path: tuple[str, ...]) -> click.Command:
     return found.commands[path[1]] if isinstance(found, click.Group) else found
 
 
+def here_are(names: set[str]) -> set[str]:
+    """Those of the commands that can be run here: copying needs rsync."""
+    return names - (set() if shutil.which("rsync") else {"sync"})
+
+
 def run_all(text: str, glmconv: Glmconv) -> Iterator[tuple[str, str, list[str]]]:
     """Run a document's commands one after another here: (command, stdout without this folder's path, what the document shows)."""
     for line, shown in commands(text):
-        name, *arguments = shlex.split(line)
+        name, *arguments = shlex.split(line.replace("$PWD", os.getcwd()))
         assert name == "glmconv", line
+        if arguments[0] not in here_are(set(COMMANDS)):
+            continue
         answer = glmconv(*arguments)
         assert answer.code == 0, f"{line}: {answer.err}"
         yield line, answer.out.replace(f"{os.getcwd()}/", ""), shown
@@ -109,9 +121,13 @@ def test_every_command_of_the_readme_runs_and_says_what_the_readme_shows(here, g
         assert said.splitlines() == [row for row in shown if row], line
 
 
+PIPELINE = "source: toy\ntargets: {torch_dist: '${BASE_DIR}/mcore', fp8: '${BASE_DIR}/fp8'}\n"
+
+
 def test_every_command_of_the_command_lines_document_runs(here, glmconv):
+    (here / "pipeline.yaml").write_text(PIPELINE)
     ran = [line for line, *_ in run_all(CLI, glmconv)]
-    assert {shlex.split(line)[1] for line in ran} == set(COMMANDS)
+    assert {shlex.split(line)[1] for line in ran} == here_are(set(COMMANDS))
 
 
 def test_the_readmes_python_runs(here, glmconv, capfd):
@@ -168,3 +184,15 @@ def test_json_has_the_fields_that_the_document_names(here, glmconv):
     assert [keys("convert", "toy", "mcore", "--to", "torch_dist")] == fields("glmconv convert")
     assert [keys("verify", "toy", "mcore"), keys("verify", "mcore")] == fields("glmconv verify")
     assert [keys("models", "list")] == fields("glmconv models")
+    (here / "pipeline.yaml").write_text("source: toy\ntargets: {torch_dist: mcore}\n")
+    assert [keys("run", "pipeline.yaml", "--dry-run")] == fields("glmconv run")
+    assert [keys("doctor", ".")] == fields("glmconv doctor")
+    if "sync" in here_are(set(COMMANDS)):
+        assert [keys("sync", "mcore", f"{here}/copy", "--host", "localhost")] == fields("glmconv sync")
+
+
+def test_the_pipeline_in_the_document_is_in_order(here):
+    (text,) = blocks(CLI, "yaml")
+    (here / "pipeline.yaml").write_text(text)
+    pipeline = load_pipeline("pipeline.yaml", {"BASE_DIR": "/data"})
+    assert [target.spec.to for target in pipeline.targets] == ["torch_dist", "fp8", "gguf:Q4_K_M"]

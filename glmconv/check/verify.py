@@ -166,8 +166,8 @@ def verify_same(
 
     What `b` holds quantized, and `a` not or otherwise, is held against a bound on its relative RMSE instead; `max_rmse` sets that for all.
 
-    `mtp` False leaves the MTP layers of both out: what a conversion with `--mtp drop` is compared by. `dialect`, `mtp_from` and `lora` are how `a` is read;
-    `mmproj` is the vision tower's file of whichever is GGUF. Without it the tower is not compared, and `apart` says how many tensors that are.
+    `mtp` False leaves the MTP layers of both out: what a conversion with `--mtp drop` is compared by. `dialect`, `mtp_from` and `lora` are how `a` is
+    read; `mmproj` is the vision tower's file of whichever is GGUF. Without it the tower is not compared, and `apart` says how many tensors that are.
     """
     towers = [mmproj if str(path).lower().endswith(".gguf") else None for path in (a, b)]
     with (

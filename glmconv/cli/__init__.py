@@ -13,9 +13,12 @@ from glmconv.errors import ExitCode
 
 COMMANDS = {
     "convert": "Convert a checkpoint into one or several formats.",
+    "doctor": "Look at this installation, its machines and shared folders.",
     "inspect": "Say what a checkpoint is and whether it is complete.",
     "models": "List the presets, or show an architecture's table.",
     "plan": "Say what a conversion would read, write and need.",
+    "run": "Carry out a pipeline: download, convert into several formats, verify.",
+    "sync": "Copy a finished output to other machines, checked there.",
     "toy": "Make a small checkpoint of a preset.",
     "verify": "Compare two checkpoints bit by bit, or one with its manifest.",
 }

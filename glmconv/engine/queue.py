@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from glmconv.engine.plan import sha256
-from glmconv.errors import OutputError, SourceError, UsageError
+from glmconv.engine.ranks import meeting, ranks_here, store_of, this_rank
+from glmconv.errors import OutputError, SourceError
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 T = TypeVar("T")
+__all__ = ["JobQueue", "LocalQueue", "StoreQueue", "open_queue", "ranks_here", "this_rank"]
 BEAT_SECONDS = 1.0
 
 
@@ -41,6 +42,9 @@ class StoreQueue:
 
     Beside it lie hints that save work: which jobs some rank has found or made complete, and a heartbeat, so that one long job is not taken
     for a dead rank. `hosted` tells that the store lives in this process, which therefore leaves last.
+
+    A rank that torchrun has started again finds the store as its earlier life left it. It first takes what was taken and never reported; of
+    several ranks in their same life only one takes each such job. A count of restarts would not do: torchrun's agents do not agree on it.
     """
 
     def __init__(self, store: TCPStore, plan_ids: Sequence[str], count: int, *, rank: int, ranks: int, key: str = "", hosted: bool = False) -> None:
@@ -53,10 +57,24 @@ class StoreQueue:
         agreed = self._ask(lambda: self._store.compare_set(self._key + "plans", "", mine)).decode("ascii", "replace")
         if agreed != mine:
             raise SourceError(f"rank {rank} sees another source than the other ranks.", hint="Give every node the same files and options.")
+        life = self._ask(lambda: self._store.add(f"{self._key}lives/{rank}", 1))
+        self._left_behind = self._taken_before(life) if life > 1 else iter(())
+        self._one_looks = threading.Lock()
 
     def next(self) -> int | None:
+        with self._one_looks:
+            again = next(self._left_behind, None)
+        if again is not None:
+            return again
         number = self._ask(lambda: self._store.add(self._key + "next", 1)) - 1
         return number if number < self._count else None
+
+    def _taken_before(self, life: int) -> Iterator[int]:
+        """The jobs that were taken before this life began and are not reported; a job that a living rank is at is done twice, which does no harm."""
+        taken = self._ask(lambda: self._store.add(self._key + "next", 0))
+        for number in range(min(taken, self._count)):
+            if not self.reported(number) and self._ask(lambda number=number: self._store.add(f"{self._key}again/{life}/{number}", 1)) == 1:  # type: ignore[misc]
+                yield number
 
     def report(self, job: int) -> None:
         """Say that this job's file is complete."""
@@ -105,38 +123,8 @@ def open_queue(
     `name` tells commands of one torchrun job apart (their destinations do), so that one may follow another.
     """
     env = os.environ if environment is None else environment
-    ranks = number(env, "WORLD_SIZE" if "RANK" in env else "SLURM_NTASKS", 1)
-    if ranks <= 1 or "MASTER_ADDR" not in env:
+    place = meeting(env)
+    if place is None:
         return LocalQueue(count)
-    rank = number(env, "RANK" if "RANK" in env else "SLURM_PROCID", 0)
-    agent = env.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() in ("1", "true")
-    hosted = rank == 0 and not agent
-    port = number(env, "MASTER_PORT", 29511)
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    try:
-        store = TCPStore(env["MASTER_ADDR"], port, is_master=hosted, wait_for_workers=False, timeout=timedelta(seconds=timeout))
-    except (RuntimeError, OSError) as error:
-        raise OutputError(
-            f"rank {rank} cannot reach the job's store at {env['MASTER_ADDR']}:{port}.", hint="Check MASTER_ADDR and MASTER_PORT on every node."
-        ) from error
-    restart = env.get("TORCHELASTIC_RESTART_COUNT", "0")
-    key = f"{sha256(name.encode())[:16]}/{restart}"
-    return StoreQueue(store, plan_ids, count, rank=rank, ranks=ranks, key=key, hosted=hosted)
-
-
-def this_rank() -> int:
-    """This process's number among torchrun's or SLURM's ranks; 0 when it works alone. UsageError if the environment names no number."""
-    return number(os.environ, "RANK" if "RANK" in os.environ else "SLURM_PROCID", 0)
-
-
-def ranks_here() -> int:
-    """How many ranks share this machine."""
-    return max(1, number(os.environ, "LOCAL_WORLD_SIZE", 1))
-
-
-def number(env: Mapping[str, str], key: str, default: int) -> int:
-    text = env.get(key, str(default))
-    if not text.isascii() or not text.isdigit() or len(text) > 9:
-        raise UsageError(f"{key}={text} in the environment is not a number.")
-    return int(text)
+    key = sha256(name.encode())[:16]
+    return StoreQueue(store_of(place, timeout), plan_ids, count, rank=place.rank, ranks=place.ranks, key=key, hosted=place.hosted)

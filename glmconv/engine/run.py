@@ -291,10 +291,18 @@ class Crew:
                 continue
             self.check()
             for shared in sorted(place.shared, key=lambda shared: shared.file.last):
+                if not shared.is_named:
+                    self.see(place.to, shared.file.sections)
                 shared.finish(Buffer(self.chunk_size), self.beat)
+            self.see(place.to, place.to.plan.files)
             finish_place(place.to)
         if self.store:
             self.store.leave(self.stall, POLL_SECONDS, self.stop or threading.Event())
+
+    def see(self, to: Destination, parts: Sequence[Stretch]) -> None:
+        """Wait until each part's record can be seen here: what another node has made may be seen late."""
+        if self.store:
+            self.wait(lambda: all_recorded(to, parts))
 
     def sweep(self) -> None:
         for place in self.places:
@@ -321,6 +329,13 @@ class Crew:
         if error.errno in REFUSED and not self.claimed and not any(place.moved_aside for place in self.places):
             return DestinationError(f"cannot be written: {error.strerror}.", file=place, hint="Check the permissions or choose another folder.")
         return OutputError(f"failed: {error.strerror or error}; {state}.", file=place, hint="Check the disk, then run the same command again.")
+
+
+def all_recorded(to: Destination, parts: Sequence[Stretch]) -> bool:
+    """Whether each part's record can be seen; one that is damaged counts, for waiting would not mend it."""
+    with contextlib.suppress(SourceError):
+        return all(load_record(to.disk, to.layout, part) is not None for part in parts)
+    return True
 
 
 def finish_place(to: Destination) -> None:

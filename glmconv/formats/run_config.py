@@ -48,11 +48,27 @@ def read_run_config(file: InputFile, path: Path) -> Mapping[str, object]:
     return {str(name): item for name, item in model.items()}
 
 
-def plain_yaml(text: str, path: object) -> object:
-    """One document's plain values. SourceError if it is too deep, uses aliases (which can expand without bound) or is no YAML."""
+class UniqueLoader(PlainLoader):
+    """The same, and a key that a mapping has twice is an error: YAML's own answer is the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        seen: set[object] = set()
+        for key in keys:
+            if isinstance(key, list | dict) or key in seen:
+                raise yaml.YAMLError(f"the key {key!r} is there twice, or is no name")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def plain_yaml(text: str, path: object, *, unique: bool = False) -> object:
+    """One document's plain values. SourceError if it is too deep, uses aliases (which can expand without bound) or is no YAML.
+
+    `unique` refuses keys that are there twice.
+    """
     try:
         _bounded(text, path)
-        return PlainLoader(text).get_single_data()
+        return (UniqueLoader if unique else PlainLoader)(text).get_single_data()
     except (yaml.YAMLError, ValueError, OverflowError) as problem:
         raise _no_yaml(problem, path) from None
 

@@ -79,3 +79,22 @@ def test_a_rank_that_plans_something_else_is_told_so(store):
     queue(store, 0)
     with pytest.raises(SourceError, match="another source"):
         queue(store, 1, "0" * 64)
+
+
+def test_a_rank_that_is_started_again_takes_what_its_earlier_life_left(store):
+    first, second = queue(store, 0), queue(store, 1)
+    taken = [second.next(), first.next(), second.next()]
+    assert taken == [0, 1, 2]
+    first.report(1)
+    second.report(0)
+    again = queue(store, 1)  # the same rank, in a new process; job 2 was in its hands
+    assert [again.next(), again.next(), again.next()] == [2, 3, None]
+
+
+def test_of_the_ranks_that_are_started_again_only_one_takes_a_job_that_was_left(store):
+    before = [queue(store, rank) for rank in (0, 1)]
+    assert [before[0].next(), before[1].next()] == [0, 1]
+    after = [queue(store, rank) for rank in (0, 1)]
+    assert [after[0].next(), after[1].next(), after[0].next(), after[1].next()] == [0, 1, 2, 3]
+    third = queue(store, 1)  # a third life: nothing was reported yet, so all of it is left again
+    assert [third.next() for _ in range(5)] == [0, 1, 2, 3, None]
