@@ -155,6 +155,8 @@ def target_of(name: str, entry: object, shared: Mapping[str, object], options: O
     fields = {"path": entry} if isinstance(entry, str) else mapping(entry, f"targets: {name}", path)
     known(fields, {"path", "to", "source", "options"}, path, f"targets: {name}: ")
     spec = parse_target(text(fields, "to", path, name), Path(text(fields, "path", path)))
+    if "{" in str(spec.path):
+        raise UsageError(f"targets: {name}: {printable(str(spec.path))} has a name to fill in; a pipeline's are written out.", file=path)
     own = options(dict(entries(fields, "options", path)))
     target = PipelineTarget(name, spec, {}, text(fields, "source", path, ""))
     for option in own:

@@ -225,5 +225,6 @@ def against_source(target: PipelineTarget, source: str, how: str, run: Mapping[s
     workers = run.get("workers")
     return read_back(
         source, [target.path], sample=how == "sample", mtp=options.mtp, origin=options.origin, workers=workers if isinstance(workers, int) else 2,
-        dialect=options.source_dialect, mtp_from=options.mtp_from, started=watch.started, progress=watch.progress, stop=watch.stop,
+        dialect=options.source_dialect, mtp_from=options.mtp_from, mmproj=options.mmproj, lora=options.lora, started=watch.started,
+        progress=watch.progress, stop=watch.stop,
     )  # fmt: skip
