@@ -152,7 +152,7 @@ def test_variables_come_from_set_then_the_environment_then_the_file(base, monkey
         ("source: /a\ntargets: {hf: {to: hf}}\n", "path is missing"),
         ("source: /a\ntargets: {banana: /b}\n", "no target is called so"),
         ("source: /a\ntargets: {verify: /b}\n", "no name for a target"),
-        ("source: /a\ntargets: {x: {to: 'gguf:Q8_0', path: '/b/{type}.gguf'}}\n", "a pipeline's are written out"),
+        ("source: /a\ntargets: {x: {to: 'gguf:Q8_0', path: '/b/{preset}.gguf'}}\n", "a pipeline's are written out"),
         ("source: /a\ntargets: {hf: /b}\nverify: maybe\n", "verify is none, or"),
         ("source: /a\ntargets: {hf: /b}\noptions: {mtp: perhaps}\n", "the option mtp"),
         ("source: /a\ntargets: {hf: /b}\noptions: {shard-size: huge}\n", "the option shard-size"),
