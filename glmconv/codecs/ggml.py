@@ -67,7 +67,6 @@ SCALES: Mapping[str, tuple[int, ...]] = {
     "IQ1_S": (0,), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,),
 }  # fmt: skip
 NATIVE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-ENCODED = ("F32", "BF16", *SCALES, "IQ1_M", "MXFP4", "NVFP4")
 CODEBOOKS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 # what an importance matrix changes, and what ggml does not make without one
 WEIGHTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", *CODEBOOKS)

@@ -373,6 +373,7 @@ def unlooked(error: OSError, targets: Sequence[Target]) -> Exception:
 
 def aside(disk: Disk, target: Target) -> Path:
     """Move a destination aside, its folder first: a manifest must not stay where what it vouches for is gone. What the user named is returned."""
+    disk.sync_folder(target.root.parent)  # a killed run may have moved the folder, and not made that durable
     moved = [move_aside(disk, path) for path in (target.root, *target.outside) if present(path, disk)]
     return moved[-1]
 

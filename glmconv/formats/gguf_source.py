@@ -12,6 +12,7 @@ from glmconv import strict_json
 from glmconv.archs import Model, bind, field_of, spec_for
 from glmconv.archs.model import TensorSpec
 from glmconv.archs.spec import Frames
+from glmconv.codecs.ggml import TYPES
 from glmconv.dtypes import BY_NAME, DType
 from glmconv.engine.inputs import plain_name
 from glmconv.engine.journal import folder_of_file
@@ -31,7 +32,6 @@ from glmconv.formats.graft import with_field
 from glmconv.formats.origin import parse_layout
 from glmconv.formats.side_files import travels
 from glmconv.formats.torch_dist_layout import LAYOUT
-from glmconv.kernels.ggml_decode import DECODE
 
 FLOAT32, BFLOAT16 = BY_NAME["float32"], BY_NAME["bfloat16"]
 LAYOUT_LARGEST = 64 << 20
@@ -279,7 +279,7 @@ def inexact(stretches: Sequence[Stretch]) -> bool:
 def mismatch(tensor: GGUFTensor, stored: StoredTensor) -> str:
     """What is wrong with a stored tensor, in words; empty if nothing is. UnsupportedError for a type that is not read."""
     kind, ne = stored.tensor.type, stored.tensor.ne
-    if kind.name not in DECODE:
+    if kind.name not in TYPES:
         raise UnsupportedError(f"is of ggml's type {kind.name}, which is not read.", file=stored.file.path, tensor=tensor.name)
     if trimmed(ne) != trimmed(tensor.ne):
         return f"is {list(ne)}, the model's sizes need {list(tensor.ne)} (columns first)"

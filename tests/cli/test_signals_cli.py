@@ -127,5 +127,9 @@ def test_a_download_ends_at_the_first_ctrl_c(command, glmconv, monkeypatch, tmp_
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    answer = glmconv(*command)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        answer = glmconv(*command)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (answer.code, answer.out, len(answer.errors)) == (130, "", 1)

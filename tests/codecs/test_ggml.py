@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from glmconv.codecs import ggml
 from glmconv.codecs.codec import NUMPY
-from glmconv.codecs.ggml import ENCODED, IMPORTANCE_NEEDED, TYPES, GgmlEncoder, decode, ggml_type, row_size
+from glmconv.codecs.ggml import IMPORTANCE_NEEDED, TYPES, GgmlEncoder, decode, ggml_type, row_size
 from glmconv.dtypes import BY_NAME
 from glmconv.errors import SourceError, UnsupportedError
 
@@ -73,7 +73,7 @@ def test_strips_of_a_large_weight_are_as_its_rows_alone(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ENCODED)
+@pytest.mark.parametrize("name", TYPES)
 def test_rows_of_half_the_width_are_widened_first(name, dtype):
     weight = rows(3, 512).astype(np.float16).astype(np.float32) if dtype == "float16" else rows(3, 512)
     importance = np.ones(512, np.float32) if name in IMPORTANCE_NEEDED else None
@@ -100,7 +100,7 @@ def test_nan_and_inf_are_reported_where_they_stand(dtype, at):
 
 
 @pytest.mark.parametrize("way", ["n", "a"])
-@pytest.mark.parametrize("name", [name for name in ENCODED if name != "F32"])
+@pytest.mark.parametrize("name", [name for name in TYPES if name != "F32"])
 def test_what_ggml_finds_invalid_is_an_error(name, way):
     way = "a" if name in IMPORTANCE_NEEDED else way
     valid = np.load(VECTORS / f"{name}.npz")[f"valid_{way}"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glmconv.kernels.gpu import ggml_iq4, ggml_k, ggml_simple
 from glmconv.kernels.gpu.ggml_decode import decode_blocks, decode_float
-from glmconv.kernels.gpu.ggml_layout import LAYOUTS
+from glmconv.kernels.gpu.ggml_layout import LAYOUTS, Layout
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ENCODERS: Mapping[str, Callable[[str, Tensor, Tensor | None], Tensor]] = {
@@ -36,7 +36,7 @@ def encode(name: str, rows: Tensor, importance: Tensor | None = None) -> Tensor:
     rows, columns = rows.to(torch.float32).contiguous(), rows.shape[1]
     if name in FLOATS:
         return rows.view(torch.uint8) if name == "F32" else ggml_simple.encode_float(rows, FLOATS[name])
-    layout = LAYOUTS[name]
+    layout = _layout(name)
     if columns % layout.values:
         raise ValueError(f"{name} needs whole blocks of {layout.values}; {list(rows.shape)} is given")
     if importance is not None and (importance.dtype != torch.float32 or importance.shape != (columns,)):
@@ -51,9 +51,15 @@ def decode(name: str, blocks: Tensor, columns: int) -> Tensor:
     blocks = blocks.contiguous()
     if name in FLOATS:
         return decode_float(blocks, FLOATS[name])
-    layout = LAYOUTS[name]
+    layout = _layout(name)
     if columns % layout.values or blocks.shape[1] != columns // layout.values * layout.size:
         raise ValueError(
             f"{name} has {layout.values} values in {layout.size} bytes; {list(blocks.shape)} bytes are given for rows of {columns} values"
         )
     return decode_blocks(name, blocks).reshape(len(blocks), columns)
+
+
+def _layout(name: str) -> Layout:
+    if name not in LAYOUTS:
+        raise ValueError(f"{name} has no kernels for a GPU; those that have are {', '.join((*FLOATS, *LAYOUTS))}")
+    return LAYOUTS[name]
