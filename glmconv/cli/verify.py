@@ -36,6 +36,7 @@ Examples:
 @reading_options[0]
 @reading_options[1]
 @reading_options[2]
+@reading_options[3]
 @click.option("--max-rmse", type=click.FloatRange(min=0, min_open=True), help="Bound on a quantized tensor's relative RMSE; default: its codec's.")
 @click.option("--exact", is_flag=True, help="Convert A again without writing and compare every byte with B, an output of glmconv.")
 @imatrix_option
