@@ -14,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's client is imported: no te
 
 from glmconv import convert
 from glmconv.archs import SPECS, preset_named
-from glmconv.cli import run
+from glmconv.cli import execute
 from glmconv.toy.build import ToyOptions, build
 
 ONE_OF_EACH = (*tuple(spec.presets[0].name for spec in SPECS.values() if spec.model_type != "glm_moe_dsa"), "glm5.2-744B-A40B")
@@ -48,7 +48,7 @@ def glmconv(capfd: pytest.CaptureFixture[str]) -> Glmconv:
 
     def call(*arguments: object) -> Answer:
         capfd.readouterr()
-        code = run([str(argument) for argument in arguments])
+        code = execute([str(argument) for argument in arguments])
         said = capfd.readouterr()
         assert "Traceback" not in said.err
         return Answer(code, said.out, said.err)

@@ -53,7 +53,7 @@ def run(verb: str, *words: object) -> int:
     """`glmconv VERB WORDS...`: its exit code."""
     line = [verb, *map(str, words)]
     note(f"= glmconv {shlex.join(line)}")
-    return glmconv.cli.run(line)
+    return glmconv.cli.execute(line)
 
 
 def option(name: str, value: object) -> Sequence[object]:

@@ -55,16 +55,16 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
 @click.pass_context
 def group(ctx: click.Context, debug: bool) -> None:
-    """Convert GLM checkpoints between Hugging Face, Megatron torch_dist, FP8 and 4 bits: on CPUs, streaming, resumable, exact."""
+    """Convert GLM checkpoints between Hugging Face, Megatron torch_dist, FP8, 4 bits and GGUF: on CPUs, streaming, resumable, exact."""
     ctx.ensure_object(dict)
 
 
 def main(args: list[str] | None = None) -> None:
     """Run a command line and exit with its code (docs/cli.md)."""
-    sys.exit(run(sys.argv[1:] if args is None else args))
+    sys.exit(execute(sys.argv[1:] if args is None else args))
 
 
-def run(args: list[str]) -> int:
+def execute(args: list[str]) -> int:
     """A command line's exit code; errors are one line on stderr."""
     from glmconv.cli.sessions import exit_code
 

@@ -8,7 +8,7 @@ import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from glmconv.cli import run
+from glmconv.cli import execute
 from tests.gguf.interop.digests import Content, content
 from tests.gguf.interop.fixtures import FIXTURES
 from tests.gguf.interop.importance import in_gguf, in_the_old_form, sums_of
@@ -30,7 +30,7 @@ def written(name: str, source: Path, folder: Path, types: tuple[str, ...], impor
     dropped = [] if FIXTURES[name].mtp else ["--mtp", "drop"]
     with tempfile.TemporaryDirectory(dir=folder) as inside, redirect_stdout(io.StringIO()):
         targets = [part for each in types for part in ("--to", f"gguf:{each}={inside}/{each}.gguf")]
-        code = run(["convert", "-q", str(source), *targets, *aided, *dropped])
+        code = execute(["convert", "-q", str(source), *targets, *aided, *dropped])
         if code:
             raise RuntimeError(f"{name}: glmconv convert ended with {code}")
         return {each: content(Path(inside) / f"{each}.gguf").without(DELIBERATE) for each in types}
