@@ -21,6 +21,7 @@ from glmconv.engine.run import Outcome
 from glmconv.engine.run import run as run_plans
 from glmconv.errors import CapacityError, SourceError, UsageError, printable
 from glmconv.formats import FORMATS
+from glmconv.formats.binding import refuse
 from glmconv.formats.coded import CodedRows
 from glmconv.formats.format import LayoutOptions, row_size
 from glmconv.formats.gguf_imatrix import Importance, open_importance
@@ -28,7 +29,7 @@ from glmconv.formats.gguf_layout import GgufPlan, name_of
 from glmconv.formats.gguf_metadata import ARCHITECTURES
 from glmconv.formats.gguf_options import GgufOptions, recorded_importance
 from glmconv.formats.selection import QuantOptions
-from glmconv.targets import GGUF, TargetSpec, parse_target, parse_targets
+from glmconv.targets import GGUF, PLAIN, TargetSpec, parse_target, parse_targets
 
 CHUNK = 4 << 20
 SMALLEST_CHUNK = 1 << 20
@@ -47,7 +48,7 @@ class Options:
 
     `megatron_dialect` is the trainer whose names and row orders a torch_dist target is written in, `source_dialect` the one of the source, where its
     tensors do not tell; `mtp_from` is a checkpoint to take the MTP layers from, `mmproj` the file of a GGUF source's vision tower, `lora` an
-    adapter to merge.
+    adapter to merge. `strict` False leaves out tensors that are missing or unknown, and names each: an hf target is then no whole model.
 
     For quantized targets: `keep` are regular expressions of tensors to leave as they are, `first_layers_bf16` and `last_layers_bf16` whole
     layers; `ragged` "quantize" encodes even what no serving engine loads; `serve_tp`, `serve_ep` are the ranks it is to be served on;
@@ -68,6 +69,7 @@ class Options:
     mtp_from: str | None = None
     mmproj: str | None = None
     lora: str | None = None
+    strict: bool = True
     resume: bool = True
     resume_check: str = "full"
     overwrite: bool = False
@@ -111,15 +113,22 @@ class Options:
         )  # fmt: skip
 
     def open(self, src: str | Path) -> Checkpoint:
-        return open_checkpoint(
-            src, mtp=self.mtp, origin=self.origin, dialect=self.source_dialect, mtp_from=self.mtp_from, mmproj=self.mmproj, lora=self.lora
-        )
+        source = open_checkpoint(
+            src, mtp=self.mtp, origin=self.origin, dialect=self.source_dialect, mtp_from=self.mtp_from, mmproj=self.mmproj, lora=self.lora,
+            strict=self.strict,
+        )  # fmt: skip
+        if source.opened.wrong or not source.tensors:
+            source.close()
+            refuse(source.path, (), (), source.opened.wrong, source.arch)
+            raise SourceError(f"holds no tensor of {source.arch.spec.model_type}.", file=source.path)
+        return source
 
 
 def options_of(chosen: Mapping[str, object]) -> Options:
     """Options from the command line's names and values."""
     known = {name: value for name, value in chosen.items() if name in Options.__dataclass_fields__}
-    return Options(**{**known, "mtp": chosen.get("mtp") != "drop", "mtp_only": chosen.get("mtp") == "only"})  # type: ignore[arg-type]
+    turned = {"mtp": chosen.get("mtp") != "drop", "mtp_only": chosen.get("mtp") == "only", "strict": not chosen.get("not_strict")}
+    return Options(**{**known, **turned})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -179,6 +188,7 @@ def resident() -> int:
 def plan_targets(source: Checkpoint, targets: Sequence[TargetSpec], options: Options, *, importance: Importance | None = None) -> list[Plan]:
     """One plan a target: every file of the output, before one weight is read. `importance` is the file `options.imatrix`, if it is open already."""
     refuse_misplaced(options, {target.format for target in targets})
+    refuse_incomplete(options, targets)
     if options.imatrix is not None and importance is None:
         importance = open_importance(Path(options.imatrix))
     refuse_towerless(source, targets)
@@ -199,6 +209,13 @@ def refuse_misplaced(options: Options, formats: Collection[str]) -> None:
         raise UsageError("--shard-size means nothing for a GGUF target.", hint="Several files: --split-max-size.")
     if options.mtp_only and (set(formats) != {GGUF} or not options.mtp):
         raise UsageError("--mtp only is a GGUF target's, and each other target would get all layers.", hint="Convert in two commands.")
+
+
+def refuse_incomplete(options: Options, targets: Sequence[TargetSpec]) -> None:
+    """UsageError for targets that cannot be incomplete: fused and stacked tensors have no place for a part that is not there."""
+    other = next((target.to for target in targets if target.to != PLAIN), None)
+    if not options.strict and other is not None:
+        raise UsageError(f"--not-strict is an hf target's; {other} holds whole models only.", hint="Write an hf folder, or complete the source.")
 
 
 def refuse_towerless(source: Checkpoint, targets: Sequence[TargetSpec]) -> None:

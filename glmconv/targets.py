@@ -17,6 +17,7 @@ from glmconv.formats.gguf_mmproj import mmproj_named
 
 SPELLINGS = {"huggingface": "hf", "safetensors": "hf", "megatron": "torch_dist", "torch-dist": "torch_dist"}
 GGUF = "gguf"  # the format whose outputs are files
+PLAIN = "hf"
 QUANTIZED = "hf"  # the format that quantized targets are written in
 FIELD = re.compile(r"\{([^{}]*)\}")  # of a GGUF file's name: filled in from the source, the type at once
 FIELDS = ("preset", "arch", "type")

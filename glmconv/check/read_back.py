@@ -15,7 +15,7 @@ SAMPLE = 16  # one tensor in so many is read back by --verify sample
 
 def read_back(
     src: str | Path, outputs: Sequence[Path], *, sample: bool, mtp: bool, origin: str | None, workers: int, dialect: str = "auto",
-    mtp_from: str | None = None, mmproj: str | None = None, lora: str | None = None,
+    mtp_from: str | None = None, mmproj: str | None = None, lora: str | None = None, strict: bool = True,
     started: Callable[[int], None] | None = None, progress: Callable[[int], None] | None = None, stop: threading.Event | None = None,
 ) -> dict[str, object]:  # fmt: skip
     """Compare each output with the source; counts of what was compared. VerificationError names the worst tensor."""
@@ -24,7 +24,7 @@ def read_back(
     for output in outputs:
         result = verify_same(
             src, output, workers=workers, every=SAMPLE if sample else 1, started=started, progress=progress, stop=stop, origin=origin, mtp=mtp,
-            dialect=dialect, mtp_from=mtp_from, mmproj=mmproj, lora=lora,
+            dialect=dialect, mtp_from=mtp_from, mmproj=mmproj, lora=lora, strict=strict,
         )  # fmt: skip
         if not result.same:
             first = result.worst[0]

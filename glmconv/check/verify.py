@@ -161,6 +161,7 @@ def verify_same(
     a: str | Path, b: str | Path, *, workers: int = 2, every: int = 1, progress: Callable[[int], None] | None = None,
     started: Callable[[int], None] | None = None, stop: threading.Event | None = None, origin: str | None = None, mtp: bool = True,
     max_rmse: float | None = None, dialect: str = "auto", mtp_from: str | None = None, mmproj: str | None = None, lora: str | None = None,
+    strict: bool = True,
 ) -> Comparison:  # fmt: skip
     """Compare two checkpoints of any formats bit by bit. Tensors that either lacks against its own config are differences, not errors.
 
@@ -168,6 +169,7 @@ def verify_same(
 
     `mtp` False leaves the MTP layers of both out: what a conversion with `--mtp drop` is compared by. `dialect`, `mtp_from` and `lora` are how `a` is
     read; `mmproj` is the vision tower's file of whichever is GGUF. Without it the tower is not compared, and `apart` says how many tensors that are.
+    `strict` False compares what is there: what both lack, and what is unknown, is no difference then.
     """
     towers = [mmproj if str(path).lower().endswith(".gguf") else None for path in (a, b)]
     with (
@@ -177,7 +179,7 @@ def verify_same(
         if started:
             started(sum(tensor.nbytes for _, tensor in list(left)[::every]))
         result = compare(left, right, workers=workers, progress=progress, stop=stop, every=every, max_rmse=max_rmse)
-        for side in (left, right):
+        for side in (left, right) if strict else ():
             opened = side.opened
             named = {difference.tensor for difference in result.differences}
             gone = [(name, "is missing") for name in opened.missing] + [(name, "is unknown to the architecture") for name in opened.unexpected]

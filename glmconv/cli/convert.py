@@ -88,7 +88,8 @@ def _verify(out: Output, src: str, paths: list[Path], check: str, workers: int, 
         origin, base, tower, lora = (str(chosen[name]) if chosen.get(name) else None for name in ("origin", "mtp_from", "mmproj", "lora"))
         counts = read_back(
             src, paths, sample=check == "sample", mtp=chosen.get("mtp") != "drop", origin=origin, workers=workers,
-            dialect=str(chosen.get("source_dialect")), mtp_from=base, mmproj=tower, lora=lora, started=started, progress=progress, stop=stop,
+            dialect=str(chosen.get("source_dialect")), mtp_from=base, mmproj=tower, lora=lora,
+            strict=not chosen.get("not_strict"), started=started, progress=progress, stop=stop,
         )  # fmt: skip
     return {"verify": check, "verified": counts}
 

@@ -74,8 +74,9 @@ def output_of(ctx: click.Context) -> Output:
 
 RUN_OPTIONS = (
     "to", "file_size", "max_memory", "workers", "resume", "resume_check", "overwrite", "mtp", "origin", "iteration", "keep", "first_layers_bf16",
-    "last_layers_bf16", "ragged", "serve_tp", "serve_ep", "nonfinite", "megatron_dialect", "source_dialect", "mtp_from", "mmproj", "lora", "imatrix",
-    "tensor_types", "token_embedding_type", "output_tensor_type", "pure", "split_max_size", "split_max_tensors", "embed_source", "quantize_from",
+    "last_layers_bf16", "ragged", "serve_tp", "serve_ep", "nonfinite", "megatron_dialect", "source_dialect", "mtp_from", "mmproj", "lora",
+    "not_strict", "imatrix", "tensor_types", "token_embedding_type", "output_tensor_type", "pure", "split_max_size", "split_max_tensors",
+    "embed_source", "quantize_from",
 )  # fmt: skip
 
 
@@ -127,6 +128,7 @@ def run_options(command: F) -> F:
             "--megatron-dialect", type=click.Choice(DIALECTS), default="auto", show_default=True, help="torch_dist: whose names and row orders."
         ),
         *reading_options,
+        click.option("--not-strict", is_flag=True, help="hf: leave out tensors that are missing or unknown, and name each."),
         click.option("--keep", multiple=True, metavar="REGEX", help="Quantized targets: leave tensors whose name it is found in as they are."),
         click.option("--first-layers-bf16", type=click.IntRange(0, 1024), default=0, help="Quantized targets: leave the first N layers as they are."),
         click.option("--last-layers-bf16", type=click.IntRange(0, 1024), default=0, help="Quantized targets: leave the last N layers as they are."),

@@ -16,7 +16,7 @@ from glmconv.errors import UsageError
 if TYPE_CHECKING:
     from glmconv.fleet.pipeline import Pipeline
 
-OF_A_RUN = ("to", "workers", "max_memory", "resume", "resume_check", "overwrite")  # change no byte: they belong to the command line
+OF_A_RUN = ("to", "workers", "max_memory", "resume", "resume_check", "overwrite", "not_strict")  # change no byte, or are about one source only
 SETTING = re.compile(r"([A-Za-z_][A-Za-z0-9_]{0,99})=(.*)", re.DOTALL)
 
 

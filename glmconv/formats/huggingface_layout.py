@@ -9,6 +9,7 @@ from glmconv.archs import field_of, preset_of
 from glmconv.codecs.codec import Codec, Grid
 from glmconv.dtypes import BY_NAME
 from glmconv.engine.plan import OutputFile, Piece, Plan, Run, SmallFile
+from glmconv.errors import printable
 from glmconv.formats.coded import QUANTIZATION, RAW, WIDE, CodedRows, label_of
 from glmconv.formats.format import FileLayout, LayoutOptions, Opened, RowReader, row_size
 from glmconv.formats.graft import with_field
@@ -26,7 +27,7 @@ def plan(opened: Opened, options: LayoutOptions) -> Plan:
     chosen: dict[str, object] = {"mtp": options.mtp, "file_size": options.file_size}
     if options.codec is None:
         pieces: Pieces = {name: (plain(name, reader),) for name, reader in opened.tensors.items()}
-        return _folder("hf", opened, options, pieces, chosen, {}, opened.notes)
+        return _folder("hf", opened, options, pieces, chosen | left_out(opened), {}, (*opened.notes, *_incomplete(opened)))
     selection = select(opened.model, opened.tensors, options.codec, options.quant)
     pieces = {name: tuple(stored(name, reader, selection, options.quant.strict)) for name, reader in opened.tensors.items()}
     quantization = {QUANTIZATION: selection.codec.config(selection.kept)}
@@ -48,6 +49,20 @@ def _folder(
         marks.append(SmallFile(INDEX, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()))
     marks.append(SmallFile(CONFIG, config_for(opened, more)))
     return Plan(to, chosen, opened.fingerprint, tuple(files), tuple(marks), notes)
+
+
+def left_out(opened: Opened) -> dict[str, object]:
+    """What a source that was not opened strictly lacks, or has beyond the model: the manifest names all of it. Empty for a whole source."""
+    found = {"missing": sorted(set(opened.missing)), "unexpected": sorted(opened.unexpected)}
+    return {name: tensors for name, tensors in found.items() if tensors}
+
+
+def _incomplete(opened: Opened) -> Iterator[str]:
+    missing, unexpected, model = sorted(set(opened.missing)), sorted(opened.unexpected), opened.model.spec.model_type
+    if missing or unexpected:
+        yield f"not strict: {len(missing):,} tensors are missing and {len(unexpected):,} unknown to {model}; what is written is no whole model"
+    yield from (f"{tensor}: is missing, and left out" for tensor in missing)
+    yield from (f"{printable(tensor)}: is unknown to {model}, and left out" for tensor in unexpected)
 
 
 def config_for(opened: Opened, more: Mapping[str, object] | None = None) -> bytes:

@@ -36,7 +36,7 @@ def subparser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], verb: 
 
 def add_export_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--no-progress", action="store_true", help="no progress on stderr")
-    accept(made, "--not-strict", nargs=0, because="a tensor that is missing or unknown is an error that names it; a part of a checkpoint is none")
+    made.add_argument("--not-strict", action="store_true", help="leave out tensors that are missing or unknown; each is named, also in the manifest")
 
 
 def main(argv: list[str]) -> int:
@@ -55,7 +55,8 @@ def import_release(args: argparse.Namespace, *more: object) -> int:
 
 def export_checkpoint(args: argparse.Namespace, *more: object) -> int:
     quiet = option("--progress", "none" if args.no_progress else None)
-    return run("convert", args.megatron_path, args.hf_path, "--to", "hf", *option("--origin", args.hf_model), *quiet, *more)
+    more = (*option("--not-strict", args.not_strict), *quiet, *more)
+    return run("convert", args.megatron_path, args.hf_path, "--to", "hf", *option("--origin", args.hf_model), *more)
 
 
 if __name__ == "__main__":
