@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
@@ -228,6 +228,8 @@ def staircase(edges: Sequence[float], values: Sequence[float]) -> Any:
 
     Differences of values must be exact, in any order of adding them.
     """
+    if len(values) == LANES and permutes():
+        return _search_of(edges, values)
     falls = [ir.Constant(FLOATS, [float(low - high)] * LANES) for low, high in pairwise(values)]
     zero, last = ir.Constant(FLOATS, [0.0] * LANES), ir.Constant(FLOATS, [float(values[-1])] * LANES)
 
@@ -240,6 +242,35 @@ def staircase(edges: Sequence[float], values: Sequence[float]) -> Any:
                 pairs = [builder.fadd(a, b) for a, b in zip(terms[::2], terms[1::2], strict=False)]
                 terms = pairs + terms[len(pairs) * 2 :]
             return terms[0]
+
+        return _operation(lanes, emit, value)
+
+    return step
+
+
+def permutes() -> bool:
+    """Whether numba compiles for a processor that looks up each lane of LANES in a register at once (AVX-512)."""
+    if config.CPU_FEATURES is not None:
+        return "+avx512f" in config.CPU_FEATURES.split(",")
+    return bool(config.ENABLE_AVX and config.CPU_NAME is None and binding.get_host_cpu_features().get("avx512f"))
+
+
+def _search_of(edges: Sequence[float], values: Sequence[float]) -> Any:
+    """A staircase of LANES values in four comparisons: each halves what is left, with the edge in the middle of it looked up."""
+    levels = (8, 4, 2, 1)
+    middles = [ir.Constant(FLOATS, [float(edges[n // (2 * level) * 2 * level + level - 1]) for n in range(LANES)]) for level in levels]
+    found = ir.Constant(FLOATS, [float(value) for value in values])
+
+    @emitted
+    def step(typing: Any, value: Any) -> Any:
+        def emit(builder: Any, v: Any) -> Any:
+            kind = ir.FunctionType(FLOATS, [FLOATS, INTS])
+            look_up = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.sf.512")
+            at = _constant(0)
+            for level, middle in zip(levels, middles, strict=True):
+                above = builder.fcmp_unordered(">=", v, builder.call(look_up, [middle, at]))
+                at = builder.select(above, builder.or_(at, _constant(level)), at)
+            return builder.call(look_up, [found, at])
 
         return _operation(lanes, emit, value)
 
