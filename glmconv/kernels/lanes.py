@@ -15,10 +15,12 @@ from typing import Any
 
 from llvmlite import binding, ir
 from numba import types
-from numba.core import cgutils, config
+from numba.core import cgutils
+from numba.core import config as numbas
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
+config: Any = numbas  # its names are made when it is imported
 LANES = 16
 FLOATS, INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
 MAGIC, MANTISSA, HALF = 0x4B40_0000, 0x7F_FFFF, 0x40_0000  # the bits of 12582912.0 = 1.5 * 2^23; its lower 23 are 2^22
