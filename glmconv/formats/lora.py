@@ -25,6 +25,7 @@ from glmconv.engine.plan import sha256
 from glmconv.errors import SourceError, UnsupportedError
 from glmconv.formats.coded import CodedRows
 from glmconv.formats.format import FileRows, Opened, RowReader, row_size
+from glmconv.formats.gguf_stored import GgufRows
 from glmconv.formats.safetensors_header import read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -109,7 +110,7 @@ class Merged:
         width = row_size(self.shape, self.dtype)
         a = floats(self.a, 0, self.a.shape[0])
         step = max(1, BLOCK // self.shape[1])
-        wide = self.base.widened() if isinstance(self.base, CodedRows) else self.base
+        wide = self.base.widened() if isinstance(self.base, CodedRows | GgufRows) else self.base
         for at in range(0, len(out) // width, step):
             rows = min(step, len(out) // width - at)
             b = floats(self.b, self.first + start + at, rows)[:, self.expert :: self.experts]

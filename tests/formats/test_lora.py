@@ -137,6 +137,18 @@ def test_a_quantized_base_is_merged_in_float32_and_rounded_once(adapter, source,
         assert close(ours[f"{Q}.weight"].read(), (base + 2 * (b @ a)).float().bfloat16())
 
 
+def test_blocks_of_gguf_are_merged_in_float32_too(adapter, source, tmp_path):
+    convert(source, {"gguf:Q8_0": tmp_path / "base.gguf"}, options=Options(embed_source=True))
+    folder = adapter({Q: 4})
+    factors = load_file(folder / "adapter_model.safetensors")
+    a, b = (factors[f"base_model.model.{Q}.lora_{side}.weight"].double() for side in "AB")
+    with open_checkpoint(tmp_path / "base.gguf") as plain, open_checkpoint(tmp_path / "base.gguf", lora=folder) as ours:
+        reader = plain[f"{Q}.weight"].reader.widened()
+        base = torch.empty(*reader.shape)
+        reader.read_into(0, memoryview(base.numpy()).cast("B"))
+        assert close(ours[f"{Q}.weight"].read(), (base.double() + 2 * (b @ a)).float().bfloat16())
+
+
 @pytest.mark.parametrize("modules", [{"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}, {"target_modules": ["down_proj"]},
                                      {"target_modules": ["gate_proj", "up_proj", "down_proj"]}])  # fmt: skip
 def test_peft_merges_the_same_into_experts_that_transformers_fuses(modules, source, tmp_path):
