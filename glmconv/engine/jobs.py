@@ -31,6 +31,25 @@ class Work(Protocol):
     ) -> None: ...
 
 
+@dataclass
+class Told:
+    """How many bytes a run was told that they went out. They are taken back if they must go out again."""
+
+    wrote: Callable[[int], None]
+    check: Callable[[], None]
+    out: int = 0
+
+    def __call__(self, size: int) -> None:
+        self.check()
+        self.out += size
+        self.wrote(size)
+
+    def take_back(self) -> None:
+        if self.out:
+            self.wrote(-self.out)
+            self.out = 0
+
+
 @dataclass(frozen=True)
 class Job:
     """One output file of one destination."""
@@ -70,20 +89,11 @@ class Job:
         """
         to, file = self.destination, self.file
         staged = to.layout.staged(file.name, to.run_id)
-        out = 0
-
-        def count(size: int) -> None:
-            nonlocal out
-            check()
-            out += size
-            wrote(size)
+        told = Told(wrote, check)
 
         def fill(fd: int) -> Record:
-            nonlocal out
-            if out:
-                wrote(-out)
-                out = 0
-            stream = Stream(to.disk, fd, buffer, count)
+            told.take_back()
+            stream = Stream(to.disk, fd, buffer, told)
             tensors = fill_part(file, source, stream, buffer, nonfinite)
             return Record(to.plan.id, file.name, stream.at, stream.finish(), tensors)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from glmconv.engine.commit import Destination
-from glmconv.engine.jobs import Job, fill_part
+from glmconv.engine.jobs import Job, Told, fill_part
 from glmconv.engine.journal import Record, StoredTensor, load_record
 from glmconv.engine.plan import OutputFile, RowSource, Section
 from glmconv.engine.stream import Buffer, Stream
@@ -155,20 +155,11 @@ class SectionJob:
                     job.write(source, buffer, lambda count: check(), check, nonfinite)
             wrote(self.part.size)
             return
-        out = 0
-
-        def count(size: int) -> None:
-            nonlocal out
-            check()
-            out += size
-            wrote(size)
+        told = Told(wrote, check)
 
         def fill(fd: int) -> Record:
-            nonlocal out
-            if out:
-                wrote(-out)
-                out = 0
-            stream = Stream(to.disk, fd, buffer, count, self.part.start)
+            told.take_back()
+            stream = Stream(to.disk, fd, buffer, told, self.part.start)
             tensors = fill_part(self.part, source, stream, buffer, nonfinite)
             return Record(to.plan.id, self.part.name, stream.at - self.part.start, stream.finish(), tensors)
 

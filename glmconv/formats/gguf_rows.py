@@ -12,7 +12,7 @@ from glmconv.dtypes import BY_NAME, DType
 from glmconv.formats.coded import CodedRows
 from glmconv.formats.format import RowReader, row_size
 from glmconv.formats.gguf_stored import GgufRows, StoredBlocks, stored_as
-from glmconv.formats.widen import Widened
+from glmconv.formats.widen import Widened, floats
 
 TURNED = "turned:"  # turned:FIRST:ROWS:NAME is a matrix, ROWS rows of a canonical tensor from FIRST on, transposed
 FLOAT32 = "float32:"  # of a quantized tensor what its codes say, before that is rounded; any other one widened
@@ -77,14 +77,8 @@ class Decay:
         return self.stored.place
 
     def read_into(self, start: int, out: memoryview) -> None:
-        rows = len(out) // row_size(self.shape, self.dtype)
-        stored = np.empty(rows * row_size(self.shape, self.stored.dtype), np.uint8)
-        self.stored.read_into(start, stored.data)
-        if self.stored.dtype.name == "bfloat16":
-            values = (stored.view("<u2").astype(np.uint32) << 16).view(np.float32)
-        else:
-            values = stored.view({"float16": "<f2", "float32": "<f4"}[self.stored.dtype.name]).astype(np.float32)
-        np.frombuffer(out, np.float32)[:] = -np.exp(values.astype(np.float64))
+        values = floats(self.stored, start, len(out) // row_size(self.shape, self.dtype))
+        np.frombuffer(out, np.float32)[:] = -np.exp(values.reshape(-1).astype(np.float64))
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from glmconv.formats.coded import CodedRows
 from glmconv.formats.format import FileRows, Opened, RowReader, row_size
 from glmconv.formats.gguf_stored import GgufRows
 from glmconv.formats.safetensors_header import read_header
+from glmconv.formats.widen import floats
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_LARGEST = 4 << 20
@@ -142,17 +143,6 @@ class Recast:
     def read_into(self, start: int, out: memoryview) -> None:
         rows = len(out) // row_size(self.shape, self.dtype)
         out[:] = narrowed(floats(self.stored, start, rows), self.dtype)
-
-
-def floats(reader: RowReader, start: int, rows: int) -> Floats:
-    """Rows of a bfloat16, float16 or float32 tensor as float32 [rows, columns]."""
-    raw = np.empty(rows * row_size(reader.shape, reader.dtype), np.uint8)
-    reader.read_into(start, raw.data)
-    if reader.dtype.name == "bfloat16":
-        wide: Floats = (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
-    else:
-        wide = raw.view("<f2" if reader.dtype.name == "float16" else "<f4").astype(np.float32)
-    return wide.reshape(rows, -1)
 
 
 def narrowed(values: Floats, dtype: DType) -> memoryview:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from glmconv.codecs.codec import bfloat16_values
 from glmconv.dtypes import DType
 from glmconv.formats.format import RowReader, row_size
 
@@ -34,3 +36,14 @@ class Widened:
             np.left_shift(narrow.view("<u2"), 16, out=wide, dtype=np.uint32)
         else:
             wide[:] = narrow.view("<f2").astype("<f4").view(np.uint32)
+
+
+def floats(reader: RowReader, start: int, rows: int) -> NDArray[np.float32]:
+    """Rows of a bfloat16, float16 or float32 tensor as float32 [rows, columns]."""
+    raw = np.empty(rows * row_size(reader.shape, reader.dtype), np.uint8)
+    reader.read_into(start, raw.data)
+    if reader.dtype.name == "bfloat16":
+        wide: NDArray[np.float32] = bfloat16_values(raw.view("<u2"))
+    else:
+        wide = raw.view("<f2" if reader.dtype.name == "float16" else "<f4").astype(np.float32)
+    return wide.reshape(rows, -1)
