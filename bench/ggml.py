@@ -9,12 +9,11 @@ rates beside them (one thread of a Zen 4 core) were measured once, elsewhere. Ex
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from rates import weights
+from rates import fastest, weights
 from watch import machine
 
 from glmconv.codecs.ggml import IMPORTANCE_NEEDED, TYPES, GgmlEncoder, decode, ggml_type
@@ -58,14 +57,8 @@ def encoding(name: str, bits: np.ndarray, importance: np.ndarray | None, repeat:
 
 
 def rate(size: int, act: Callable[[], object], repeat: int) -> float:
-    """M/s of the fastest of `repeat` runs after one that warms up (and compiles)."""
-    act()
-    fastest = float("inf")
-    for _ in range(repeat):
-        began = time.perf_counter()
-        act()
-        fastest = min(fastest, time.perf_counter() - began)
-    return size / 1e6 / fastest
+    """M/s."""
+    return size / 1e6 / fastest(act, repeat)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rates import weights
+from rates import fastest, weights
 from watch import Watched, machine, run
 
 from glmconv.codecs.ggml import TYPES, GgmlEncoder
@@ -199,14 +199,8 @@ def quantized(ggml: ctypes.CDLL, name: str, wide: np.ndarray, importance: np.nda
 
 
 def rate(count: int, act: Callable[[], object]) -> float:
-    """M/s of the fastest of three runs after one that warms up (and compiles), by the thread's own clock: others' work does not count."""
-    act()
-    fastest = float("inf")
-    for _ in range(3):
-        began = time.thread_time()
-        act()
-        fastest = min(fastest, time.thread_time() - began)
-    return count / 1e6 / fastest
+    """M/s of the fastest of three runs, by the thread's own clock: others' work does not count."""
+    return count / 1e6 / fastest(act, 3, time.thread_time)
 
 
 if __name__ == "__main__":

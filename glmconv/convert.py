@@ -7,7 +7,7 @@ import os
 import resource
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from glmconv.archs import preset_of
@@ -34,10 +34,8 @@ from glmconv.targets import GGUF, PLAIN, TargetSpec, parse_target, parse_targets
 CHUNK = 4 << 20
 SMALLEST_CHUNK = 1 << 20
 MIB = 1 << 20
-GGUF_ALONE = (  # options that only a GGUF target understands
-    "imatrix", "tensor_types", "token_embedding_type", "output_tensor_type", "pure", "split_max_size", "split_max_tensors", "mtp_only",
-    "embed_source", "quantize_from",
-)  # fmt: skip
+# options that only a GGUF target understands
+GGUF_ALONE = ("imatrix", *(field.name for field in fields(GgufOptions) if field.name != "importance"))
 SPELLED = {"tensor_types": "--tensor-type", "mtp_only": "--mtp only"}
 COMPILED = 128 << 20  # numba and its compiled loops, seen at 105 MB
 

@@ -1,4 +1,4 @@
-"""What bench/fp8.py and bench/int4.py share: a kernel's rate beside plain torch's and a copy's, taken in turns in one process."""
+"""What the benches of kernels share: a kernel's rate beside plain torch's and a copy's, taken in turns in one process."""
 
 from __future__ import annotations
 
@@ -34,15 +34,20 @@ def weights(rows: int, columns: int) -> torch.Tensor:
     return (torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch.bfloat16)
 
 
-def measured(weight: torch.Tensor, act: Callable[[], object], repeat: int) -> float:
-    """GB/s of the fastest of `repeat` runs after one that warms up (and compiles)."""
+def fastest(act: Callable[[], object], repeat: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of the fastest of `repeat` runs after one that warms up (and compiles)."""
     act()
-    fastest = float("inf")
+    found = float("inf")
     for _ in range(repeat):
-        began = time.perf_counter()
+        began = clock()
         act()
-        fastest = min(fastest, time.perf_counter() - began)
-    return weight.numel() * 2 / 1e9 / fastest
+        found = min(found, clock() - began)
+    return found
+
+
+def measured(weight: torch.Tensor, act: Callable[[], object], repeat: int) -> float:
+    """GB/s."""
+    return weight.numel() * 2 / 1e9 / fastest(act, repeat)
 
 
 def report(weight: torch.Tensor, rates: list[Rate], *, kept: bool) -> int:

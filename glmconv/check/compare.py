@@ -15,8 +15,8 @@ from glmconv.codecs import bound_of
 from glmconv.codecs.codec import bfloat16_values
 from glmconv.errors import Interrupted
 from glmconv.formats.coded import label_of
-from glmconv.formats.gguf_source import is_apart
 from glmconv.formats.gguf_stored import GgufRows
+from glmconv.formats.gguf_tensors import in_tower
 
 CHUNK = 4 << 20
 
@@ -173,7 +173,7 @@ def _pairs(a: Checkpoint, b: Checkpoint, result: Comparison) -> Iterator[tuple[L
 def _is_apart(side: Checkpoint, a: Checkpoint, b: Checkpoint, name: str) -> bool:
     """Whether a tensor that `side` lacks is one of those that it keeps in a file that was not given."""
     tensor = next(found for checkpoint in (a, b) if (found := checkpoint.arch.tensors.get(name)))
-    return name not in side.tensors and is_apart(tensor)
+    return name not in side.tensors and in_tower(tensor)
 
 
 def _of(side: Checkpoint, other: Checkpoint, name: str) -> LazyTensor | None:

@@ -314,13 +314,21 @@ def write_all(disk: Disk, fd: int, data: memoryview | bytes, offset: int) -> int
     return offset
 
 
-def hash_of(disk: Disk, fd: int, buffer: memoryview, check: Callable[[], None] = lambda: None) -> str:
-    """sha256 of an open file, read through `buffer`; `check` is called before each read and may raise."""
-    state, at = hashlib.sha256(), 0
-    while True:
+def hash_of(
+    disk: Disk, fd: int, buffer: memoryview, check: Callable[[], None] = lambda: None, *, start: int = 0, size: int | None = None,
+    more: hashlib._Hash | None = None,
+) -> str:  # fmt: skip
+    """sha256 of an open file, or of `size` bytes from `start` on (of those that there are), read through `buffer`; `more` takes the bytes too.
+
+    `check` is called before each read and may raise.
+    """
+    state, at = hashlib.sha256(), start
+    while size is None or at < start + size:
         check()
-        got = disk.read_into(fd, buffer, at)
+        got = disk.read_into(fd, buffer if size is None else buffer[: min(len(buffer), start + size - at)], at)
         if not got:
-            return state.hexdigest()
-        state.update(buffer[:got])
+            break
+        for digest in (state, more) if more else (state,):
+            digest.update(buffer[:got])
         at += got
+    return state.hexdigest()

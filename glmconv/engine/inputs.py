@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import stat
@@ -17,6 +18,7 @@ from types import TracebackType
 from glmconv.errors import SourceError
 
 OPEN_AT_ONCE = 128
+HASHED = 4 << 20  # bytes at a time
 NAME_LONGEST = 255  # bytes, as everywhere on Linux
 FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK | os.O_CLOEXEC
@@ -288,6 +290,13 @@ class InputFile:
                     parts.append(os.pread(fd, end - at, at))
                 at += self._progress(len(parts[-1]), at)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def digest(self, size: int | None = None) -> str:
+        """sha256 of the first `size` bytes, or of all. SourceError as of `read`."""
+        state, end = hashlib.sha256(), self.size if size is None else size
+        for at in range(0, end, HASHED):
+            state.update(self.read(at, min(HASHED, end - at)))
+        return state.hexdigest()
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill `out` from `offset` on. SourceError if the file ends before, cannot be read, or was replaced."""

@@ -14,8 +14,10 @@ import hashlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from glmconv.engine.commit import Destination
+from glmconv.engine.commit import Destination, hash_of
+from glmconv.engine.files import Disk
 from glmconv.engine.jobs import Job, Told, fill_part
 from glmconv.engine.journal import Record, StoredTensor, load_record
 from glmconv.engine.plan import OutputFile, RowSource, Section
@@ -84,32 +86,20 @@ class SharedFile:
         if record is None:
             raise OutputError("has a section without a record.", file=to.layout.final(self.file.name), hint=again)
         so_far = self.digest.copy()
-        if digest_of(to, section, self.file, buffer, check, so_far) != record.sha256:
+        if digest_of(to.disk, to.layout.shared(self.file.name), section, buffer, check, so_far) != record.sha256:
             raise OutputError(f"has changed since it was written, behind byte {section.start:,}.", file=to.layout.shared(self.file.name), hint=again)
         self.digest = so_far
         self.records.append(record)
 
 
-def digest_of(
-    to: Destination, section: Section, file: OutputFile, buffer: Buffer, check: Check, more: hashlib._Hash | None = None, *, named: bool = False
-) -> str:
-    """sha256 of a section as it lies in the staged file, or if `named` in the final one; `more` takes the bytes too. OSError as the disk says."""
-    state = hashlib.sha256()
-    fd = to.disk.open(to.layout.final(file.name) if named else to.layout.shared(file.name))
+def digest_of(disk: Disk, path: Path, section: Section, buffer: Buffer, check: Check, more: hashlib._Hash | None = None) -> str:
+    """sha256 of a section as it lies in a file; `more` takes the bytes too. OSError as the disk says."""
+    fd = disk.open(path)
     try:
-        at, end = section.start, section.start + section.size
-        while at < end:
-            check()
-            got = to.disk.read_into(fd, buffer.view[: min(len(buffer.view), end - at)], at)
-            if not got:
-                break
-            for digest in (state, more) if more else (state,):
-                digest.update(buffer.view[:got])
-            at += got
-        return state.hexdigest()
+        return hash_of(disk, fd, buffer.view, check, start=section.start, size=section.size, more=more)
     finally:
         with contextlib.suppress(OSError):
-            to.disk.close(fd)
+            disk.close(fd)
 
 
 @dataclass(frozen=True)
@@ -132,13 +122,14 @@ class SectionJob:
         """Whether the journal has it and its bytes still are what the record says: in the final file if there is one, else in the staged one."""
         to = self.destination
         named = self.shared.is_named
+        path = to.layout.final(self.file.name) if named else to.layout.shared(self.file.name)
         try:
             record = load_record(to.disk, to.layout, self.part)
-            if record is None or (hashed and digest_of(to, self.part, self.file, buffer, check, named=named) != record.sha256):
+            if record is None or (hashed and digest_of(to.disk, path, self.part, buffer, check) != record.sha256):
                 return False
-            if not hashed and not named and to.disk.status(to.layout.shared(self.file.name)).size != self.file.size:
+            if not hashed and not named and to.disk.status(path).size != self.file.size:
                 return False
-            to.disk.sync_folder((to.layout.final(self.file.name) if named else to.layout.shared(self.file.name)).parent)
+            to.disk.sync_folder(path.parent)
         except (SourceError, OSError):  # unreadable is not done: it is written again
             return False
         if not named:

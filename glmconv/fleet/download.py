@@ -11,7 +11,7 @@ from pathlib import Path
 from glmconv.engine.commit import write_all
 from glmconv.engine.files import Disk
 from glmconv.engine.journal import STATE, is_count, read_whole, sealed, unsealed
-from glmconv.engine.preflight import gigabytes
+from glmconv.engine.preflight import gigabytes, has_size
 from glmconv.errors import CapacityError, DestinationError, OutputError, SourceError
 from glmconv.fleet.pipeline import Download
 
@@ -50,7 +50,7 @@ def fetch(asked: Download, folder: Path) -> int:
     try:
         found = HfApi().model_info(asked.hub, revision=asked.revision or None, files_metadata=True)
         sizes = {entry.rfilename: entry.size or 0 for entry in found.siblings or ()}
-        refuse_full(folder, sum(size for name, size in sizes.items() if not has_size(folder / name, size)))
+        refuse_full(folder, sum(size for name, size in sizes.items() if not has_size(folder / name, size, Disk())))
         snapshot_download(asked.hub, revision=found.sha, local_dir=folder, allow_patterns=list(WANTED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
@@ -58,7 +58,7 @@ def fetch(asked: Download, folder: Path) -> int:
     except OSError as problem:
         raise OutputError(f"cannot be written: {problem.strerror or problem}.", file=folder, hint="What is there is kept; run it again.") from problem
     there = {name: size for name, size in sizes.items() if (folder / name).is_file()}
-    wrong = next((name for name, size in there.items() if not has_size(folder / name, size)), None)
+    wrong = next((name for name, size in there.items() if not has_size(folder / name, size, Disk())), None)
     if wrong is not None or not there:
         raise OutputError("is not as large as the Hub says.", file=folder / (wrong or ""), hint="Remove it and run the same command again.")
     write_mark(folder, {"format": FORMAT, "hub": asked.hub, "revision": asked.revision, "sha": found.sha or "", "files": there})
@@ -74,13 +74,6 @@ def refuse_full(folder: Path, size: int) -> None:
         raise CapacityError(
             f"{gigabytes(size)} are needed and {gigabytes(free)} are free.", file=place, hint="Free the space or choose another disk."
         )
-
-
-def has_size(path: Path, size: int) -> bool:
-    try:
-        return os.lstat(path).st_size == size
-    except OSError:
-        return False
 
 
 def write_mark(folder: Path, document: Mapping[str, object]) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from glmconv.archs import preset_named
 from glmconv.checkpoint import HUB_ID
+from glmconv.convert import GGUF_ALONE
 from glmconv.errors import SourceError, UsageError, printable
 from glmconv.formats.run_config import plain_yaml
 from glmconv.targets import GGUF, TargetSpec, parse_target
@@ -35,8 +36,7 @@ TORCH_DIST, PLAIN, QUANTIZED = "torch_dist", "hf", "quantized"
 ONLY: dict[str, str] = {
     **dict.fromkeys(("iteration", "megatron_dialect", "chunk_size"), TORCH_DIST),
     **dict.fromkeys(("keep", "first_layers_bf16", "last_layers_bf16", "ragged", "serve_tp", "serve_ep", "nonfinite"), QUANTIZED),
-    **dict.fromkeys(("imatrix", "tensor_types", "token_embedding_type", "output_tensor_type", "pure", "embed_source", "quantize_from"), GGUF),
-    **dict.fromkeys(("split_max_size", "split_max_tensors"), GGUF),
+    **{name: GGUF for name in GGUF_ALONE if name != "mtp_only"},  # which takes from other targets what they should have
 }
 OptionParser = Callable[[Mapping[str, object]], Mapping[str, object]]
 

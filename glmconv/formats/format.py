@@ -61,6 +61,13 @@ def row_size(shape: Sequence[int], dtype: DType) -> int:
     return size
 
 
+def content_of(reader: RowReader) -> bytes:
+    """All bytes of a side file or a small tensor. SourceError as of reading it."""
+    content = bytearray(row_size(reader.shape, reader.dtype) * reader.shape[0])
+    reader.read_into(0, memoryview(content))
+    return bytes(content)
+
+
 @dataclass(frozen=True)
 class FileLayout:
     """How a Hugging Face release spreads its tensors over files: remembered, so that the way back gives the same files.

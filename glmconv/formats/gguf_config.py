@@ -6,7 +6,6 @@ the keys: `gguf_metadata`, whose way there this is read backwards.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from glmconv import strict_json
-from glmconv.archs import SPECS, ArchSpec, Preset, field_of
+from glmconv.archs import SIZE_FIELDS, SPECS, ArchSpec, Preset, field_of
 from glmconv.archs.model import LIMITS
 from glmconv.errors import SourceError, UnsupportedError
 from glmconv.formats.coded import QUANTIZATION
@@ -23,6 +22,7 @@ from glmconv.formats.gguf_metadata import ARCHITECTURES, CONFIG, SOURCE, YARN
 from glmconv.formats.gguf_tensors import layer_of
 from glmconv.formats.gguf_types import Array
 from glmconv.formats.graft import with_field
+from glmconv.formats.side_files import as_json
 
 CONFIG_LARGEST = 4 << 20
 PRE_TOKENIZERS = ("glm4", "chatglm-bpe")  # two names of one way to cut text
@@ -48,7 +48,6 @@ PICTURES = {  # config.json's field and the token that it means
     "video_start_token_id": "<|begin_of_video|>", "video_end_token_id": "<|end_of_video|>", "video_token_id": "<|video|>",
 }  # fmt: skip
 LINEAR = {"head_dim": "kda.head_dim", "short_conv_kernel_size": "ssm.conv_kernel"}
-SAME = ("hidden_size", "num_hidden_layers", "n_routed_experts", "max_position_embeddings", "intermediate_size", "vocab_size")
 Fact = tuple[str, object, str]  # path in config.json, value, what in the file says so
 
 
@@ -116,7 +115,7 @@ def rebuilt(told: Told) -> FoundConfig:
             config = with_field(config, path, value)
     config = dict(config)
     inner = f"{spec.text}." if spec.text else ""
-    if any(field_of(config, inner + field) != field_of(preset.config, inner + field) for field in SAME):
+    if any(field_of(config, inner + field) != field_of(preset.config, inner + field) for field in SIZE_FIELDS):
         what = f"no release has this model's sizes; what GGUF does not hold is as in {preset.hub}"
     else:
         what = f"what GGUF does not hold is as in {preset.hub}"
@@ -131,10 +130,6 @@ def _place(config: Mapping[str, object], path: str) -> str:
     if field in ("rope_theta", "partial_rotary_factor") and isinstance(field_of(config, f"{inner}rope_parameters"), Mapping):
         return f"{inner}rope_parameters.{field}"
     return path
-
-
-def as_json(config: Mapping[str, object]) -> bytes:
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 class Told:
@@ -244,7 +239,7 @@ class Told:
             yield "linear_attn_config.num_heads", max(decays.tensor.ne), decays.name
         limits = self._array("swiglu_clamp_exp")
         if limits:
-            yield "swiglu_limit", _shortest(limits[0]), self._key("swiglu_clamp_exp")
+            yield "swiglu_limit", shortest(limits[0]), self._key("swiglu_clamp_exp")
 
     def followers(self, spec: ArchSpec, config: Mapping[str, object], preset: Preset) -> Iterator[tuple[str, object]]:
         """Fields that follow from others or from the tensors; laid over those that the release has."""
@@ -332,7 +327,7 @@ class Told:
         if found is None or not isinstance(found.value, int | float) or isinstance(found.value, bool) or not abs(found.value) < 1e30:
             what = "is missing" if found is None else f"is {str(found.value)[:60]}, a number is needed"
             raise SourceError(f"{self._key(name)} {what}.", file=self.files.path)
-        return _shortest(found.value)
+        return shortest(found.value)
 
     def flag(self, name: str) -> bool:
         value = self.files.kv[self._key(name)].value
@@ -355,6 +350,6 @@ class Told:
         return found.value
 
 
-def _shortest(value: object) -> float:
+def shortest(value: object) -> float:
     """The shortest decimal that is the same float32: what the config said."""
     return float(str(np.float32(value))) if isinstance(value, int | float) else 0.0

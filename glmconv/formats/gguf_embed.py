@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 
-from glmconv.formats.format import Opened
+from glmconv.formats.format import Opened, content_of
 from glmconv.formats.gguf_header import BELOW_FOUR, HEADER_LARGEST, HELD_LARGEST, KEY_LONGEST, STRING_LARGEST
 from glmconv.formats.gguf_metadata import SOURCE, embedded
 from glmconv.formats.gguf_types import Array, Entry, Kind, packed
@@ -27,9 +27,7 @@ def source_files(opened: Opened) -> Iterator[tuple[str, bytes | None]]:
         if rows.shape[0] > STRING_LARGEST:
             yield name, None
             continue
-        content = bytearray(rows.shape[0])
-        rows.read_into(0, memoryview(content))
-        yield name, bytes(content)
+        yield name, content_of(rows)
     if opened.layout is not None:
         yield LAYOUT, layout_json(opened.layout)
 

@@ -5,23 +5,21 @@ Source: llama.cpp's src/llama-model-loader.cpp and tools/gguf-split for the name
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glmconv.engine.inputs import InputFile, InputFolder
 from glmconv.errors import SourceError, UnsupportedError
 from glmconv.formats.gguf_header import GgufHeader, GgufTensor, read_header
+from glmconv.formats.gguf_split import PART, split_name
 from glmconv.formats.gguf_types import Kind, Value
 
 SUFFIX = ".gguf"
-PART = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
 SPLIT_KEYS = (NUMBER, COUNT, TENSORS)
 MOST = 4096
-BLOCK = 4 << 20
 AGAIN = "Is the download complete?"
 
 
@@ -80,12 +78,6 @@ def model_at(path: Path) -> Path:
     return path / found[0]
 
 
-def whole_name(name: str) -> str:
-    """Of a part the name that the whole would have; of any other file its own."""
-    part = PART.fullmatch(name)
-    return f"{part['prefix']}{SUFFIX}" if part else name
-
-
 def open_files(path: Path) -> GgufFiles:
     """The file at `path` and those of its set. SourceError if one is missing, broken, or contradicts the others."""
     folder = InputFolder(path.parent)
@@ -101,7 +93,7 @@ def open_files(path: Path) -> GgufFiles:
     tensors = _merged(found, headers)
     if part:
         _check_total(headers, len(tensors), path)
-    digests = {name: _digest(found[name], header.data_start) for name, header in headers.items()}
+    digests = {name: found[name].digest(min(header.data_start, found[name].size)) for name, header in headers.items()}
     kv = {key: value for key, value in headers[names[0]].kv.items() if key not in SPLIT_KEYS}
     return GgufFiles(path, folder, found, kv, tensors, digests)
 
@@ -110,7 +102,7 @@ def _names_of_set(part: re.Match[str], path: Path) -> list[str]:
     number, count = int(part["number"]), int(part["count"])
     if not 1 <= number <= count <= MOST:
         raise SourceError(f"names itself part {number} of {count}; a set has 1 to {MOST:,} parts.", file=path)
-    return [f"{part['prefix']}-{n:05d}-of-{count:05d}.gguf" for n in range(1, count + 1)]
+    return [split_name(f"{part['prefix']}{SUFFIX}", n, count) for n in range(count)]
 
 
 def _refuse_missing(folder: InputFolder, names: list[str]) -> None:
@@ -160,15 +152,3 @@ def _check_total(headers: Mapping[str, GgufHeader], total: int, path: Path) -> N
         stated = header.kv[TENSORS].value
         if stated != total:
             raise SourceError(f"{TENSORS} is {stated}, the set has {total:,} tensors.", file=path.parent / name, hint="Are all parts of one set?")
-
-
-def _digest(file: InputFile, size: int) -> str:
-    state = hashlib.sha256()
-    for part in _blocks(file, min(size, file.size)):
-        state.update(part)
-    return state.hexdigest()
-
-
-def _blocks(file: InputFile, size: int) -> Iterator[bytes]:
-    for at in range(0, size, BLOCK):
-        yield file.read(at, min(BLOCK, size - at))

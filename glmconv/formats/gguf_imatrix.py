@@ -6,7 +6,6 @@ values are held.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import struct
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 ENTRIES = 32_768
 DATASET_LONGEST = 4096
-BLOCK = 4 << 20  # bytes hashed at a time
 SUMS, COUNTS = ".in_sum2", ".counts"
 EMBEDDING = "token_embd.weight"
 AGAIN = "Is it cut off? Make or download it again."
@@ -61,11 +59,9 @@ class Importance:
     @cached_property
     def digest(self) -> str:
         """The file's sha256."""
-        state = hashlib.sha256()
-        for at in range(0, self.file.size, BLOCK):
-            state.update(self.file.read(at, min(BLOCK, self.file.size - at)))
+        found = self.file.digest()
         self.file.check_unchanged()
-        return state.hexdigest()
+        return found
 
     @cached_property
     def unused(self) -> Mapping[str, int]:

@@ -13,7 +13,7 @@ from glmconv.codecs.ggml import TYPES, WEIGHTED, GgmlType
 from glmconv.engine.journal import BESIDE
 from glmconv.engine.plan import OutputFile, Plan, in_sections
 from glmconv.errors import SourceError, UnsupportedError
-from glmconv.formats.format import LayoutOptions, Opened, RowReader
+from glmconv.formats.format import LayoutOptions, Opened, RowReader, content_of
 from glmconv.formats.gguf_embed import embedded_source
 from glmconv.formats.gguf_header import data_size, padded, write_header
 from glmconv.formats.gguf_imatrix import Importance
@@ -148,13 +148,7 @@ def refuse_unaided(planned: Sequence[Planned], file_type: str, importance: Impor
 
 def side_bytes(opened: Opened, names: Sequence[str] = TOKENIZER) -> dict[str, bytes]:
     """The files beside the weights that metadata are made of."""
-    found = {}
-    for name in names:
-        if name in opened.side_files:
-            content = bytearray(opened.side_files[name].shape[0])
-            opened.side_files[name].read_into(0, memoryview(content))
-            found[name] = bytes(content)
-    return found
+    return {name: content_of(opened.side_files[name]) for name in names if name in opened.side_files}
 
 
 def refuse_zeros(planned: Sequence[Planned], importance: Importance | None) -> None:

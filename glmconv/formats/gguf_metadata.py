@@ -14,18 +14,14 @@ from glmconv.archs.model import field_of
 from glmconv.archs.schedules import indexed
 from glmconv.errors import SourceError, UnsupportedError
 from glmconv.formats.gguf_general import general_entries
+from glmconv.formats.gguf_mix import TABLE
 from glmconv.formats.gguf_tokenizer import tokenizer_entries
 from glmconv.formats.gguf_types import ESCAPED, Array, Entry, Kind, single
 
 ARCHITECTURES = {
     "glm4_moe": "glm4moe", "glm4v_moe": "glm4moe", "glm4_moe_lite": "deepseek2", "glm_moe_dsa": "glm-dsa", "glm4": "glm4", "glm5_next": "glm5-next",
 }  # fmt: skip
-FILE_TYPES = {
-    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14,
-    "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20, "Q2_K_S": 21, "IQ3_XS": 22, "IQ3_XXS": 23, "IQ1_S": 24,
-    "IQ4_NL": 25, "IQ3_S": 26, "IQ3_M": 27, "IQ2_S": 28, "IQ2_M": 29, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37,
-    "MXFP4_MOE": 38, "Q1_0": 40, "Q2_0": 41,
-}  # fmt: skip
+FILE_TYPES = {mix.name: mix.id for mix in TABLE}
 QUANTIZATION_VERSION = 2
 SIGMOID = 2
 CONFIG = "config.json"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from glmconv.archs import Model
 from glmconv.errors import SourceError, UnsupportedError
 from glmconv.formats.format import RowReader
+from glmconv.formats.gguf_config import shortest
 from glmconv.formats.gguf_header import GgufHeader
 from glmconv.formats.gguf_mmproj import FIELDS, MMPROJ, PROJECTORS, RUNNABLE, mmproj_tensors
 from glmconv.formats.gguf_rows import Framed
@@ -53,7 +52,7 @@ def image_settings_of(header: GgufHeader, file: object) -> dict[str, object]:
         said = header.kv.get(f"clip.vision.{field}")
         if said is None or not isinstance(said.value, Array) or said.value.kind is not Kind.F32:
             raise SourceError(f"does not say clip.vision.{field}.", file=file)
-        found[field] = [_short(value) for value in said.value.values if isinstance(value, float)]
+        found[field] = [shortest(value) for value in said.value.values if isinstance(value, float)]
     token = (_number(header, "patch_size", file) * RUNNABLE["merge"][0]) ** 2
     for least in ("min", "max"):
         if f"clip.vision.image_{least}_pixels" in header.kv:
@@ -100,9 +99,4 @@ def _real(header: GgufHeader, key: str, file: object) -> float:
     said = header.kv.get(key)
     if said is None or said.kind is not Kind.F32 or not isinstance(said.value, float):
         raise SourceError(f"does not say {key}.", file=file)
-    return _short(said.value)
-
-
-def _short(value: float) -> float:
-    """A float32 with no more digits than it needs: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
+    return shortest(said.value)

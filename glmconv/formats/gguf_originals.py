@@ -14,7 +14,7 @@ import numpy as np
 from glmconv.codecs.codec import bfloat16_values
 from glmconv.dtypes import BY_NAME, DType
 from glmconv.errors import SourceError
-from glmconv.formats.format import Opened, row_size
+from glmconv.formats.format import Opened, content_of, row_size
 from glmconv.formats.gguf_stored import Stretch, decoded
 from glmconv.formats.gguf_tensors import Transform, gguf_tensors
 from glmconv.formats.gguf_types import Array, Entry, Kind, Value
@@ -47,10 +47,8 @@ def originals(opened: Opened) -> list[Entry]:
             continue
         for name in dict.fromkeys(run.tensor for run in tensor.runs):
             reader = opened.tensors[name]
-            content = bytearray(row_size(reader.shape, reader.dtype) * reader.shape[0])
-            reader.read_into(0, memoryview(content))
             kind = KINDS[reader.dtype.name]
-            found.append(Entry(PREFIX + name, Kind.ARRAY, Array(kind, np.frombuffer(content, BITS[kind]).tolist())))
+            found.append(Entry(PREFIX + name, Kind.ARRAY, Array(kind, np.frombuffer(content_of(reader), BITS[kind]).tolist())))
     return found
 
 

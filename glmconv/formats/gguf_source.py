@@ -11,7 +11,6 @@ import numpy as np
 from glmconv import strict_json
 from glmconv.archs import Model, bind, field_of, spec_for
 from glmconv.archs.model import TensorSpec
-from glmconv.archs.spec import Frames
 from glmconv.codecs.ggml import TYPES
 from glmconv.dtypes import BY_NAME, DType
 from glmconv.engine.inputs import plain_name
@@ -20,11 +19,12 @@ from glmconv.errors import SourceError, UnsupportedError
 from glmconv.formats.binding import canonical_dtype, config_dtype, expected
 from glmconv.formats.format import FileLayout, Opened, OpenOptions, RowReader
 from glmconv.formats.gguf_config import FoundConfig, Told, config_of
-from glmconv.formats.gguf_files import GgufFiles, StoredTensor, model_at, models_in, open_files, whole_name
+from glmconv.formats.gguf_files import GgufFiles, StoredTensor, model_at, models_in, open_files
 from glmconv.formats.gguf_metadata import CONFIG, SOURCE, embedded_files
 from glmconv.formats.gguf_originals import original
+from glmconv.formats.gguf_split import whole_name
 from glmconv.formats.gguf_stored import GgufRows, Stretch, decoded, narrow, trimmed
-from glmconv.formats.gguf_tensors import VISION, GGUFTensor, Transform, gguf_tensors, layer_of
+from glmconv.formats.gguf_tensors import GGUFTensor, Transform, gguf_tensors, in_tower, layer_of
 from glmconv.formats.gguf_tower import Tower, open_tower
 from glmconv.formats.gguf_types import Entry, Kind
 from glmconv.formats.gguf_vocabulary import tokenizer_files
@@ -242,7 +242,7 @@ class Binding:
                 continue
             if name in seen:
                 self.readers[name] = seen[name]
-            elif is_apart(tensor):
+            elif in_tower(tensor):
                 self.apart.append(name)
             elif stretches and name in self._lacking:
                 self.wrong.append((name, f"lacks a part of it, {self._lacking[name]}"))
@@ -286,13 +286,6 @@ def mismatch(tensor: GGUFTensor, stored: StoredTensor) -> str:
     if len(tensor.ne) == 1 and kind.block > 1:
         return f"has one axis and the type {kind.name}, which has none of its own"
     return ""
-
-
-def is_apart(tensor: TensorSpec) -> bool:
-    """Whether GGUF keeps it in a file for the vision tower."""
-    place = tensor.row.gguf
-    names = place.into if isinstance(place, Frames) else (place,)
-    return all(isinstance(name, str) and (tensor.scope.gguf + name).startswith(VISION) for name in names)
 
 
 def needs_float32(stored: StoredTensor, dtype: DType) -> bool:

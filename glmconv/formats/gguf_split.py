@@ -13,7 +13,7 @@ from glmconv.formats.gguf_header import padded
 from glmconv.formats.gguf_options import GgufOptions
 from glmconv.formats.gguf_types import Entry, Kind
 
-NAME = re.compile(r"(?P<prefix>.+)-\d{5}-of-\d{5}\.gguf", re.DOTALL)
+PART = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
 def split_name(name: str, number: int, count: int) -> str:
@@ -23,7 +23,7 @@ def split_name(name: str, number: int, count: int) -> str:
 
 def whole_name(name: str) -> str:
     """The output that a file belongs to: itself, or what it is a part of by its name."""
-    found = NAME.fullmatch(name)
+    found = PART.fullmatch(name)
     return f"{found['prefix']}.gguf" if found else name
 
 

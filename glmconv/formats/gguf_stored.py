@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from glmconv.codecs.codec import values
+from glmconv.codecs.codec import bfloat16_values, values
 from glmconv.codecs.ggml import NATIVE, SCALES, decode, row_size
 from glmconv.dtypes import BY_NAME, DType
 from glmconv.errors import SourceError
@@ -133,7 +133,7 @@ def logarithms(decays: Floats) -> Floats:
         near: Floats = np.log(-decays.astype(np.float64)).astype(np.float32)
         found: Floats = near.copy()
         open_ = np.ones(found.shape, bool)
-        for made in (bfloat16_bits(near).astype(np.uint32) << 16).view(np.float32), *_neighbours(near):
+        for made in bfloat16_values(bfloat16_bits(near)), *_neighbours(near):
             fits = open_ & ((-np.exp(made.astype(np.float64))).astype(np.float32) == decays)
             found[fits] = made[fits]
             open_ &= ~fits

@@ -11,11 +11,12 @@ from glmconv.archs import Model, field_of
 from glmconv.dtypes import DType
 from glmconv.errors import SourceError
 from glmconv.formats.format import RowReader
-from glmconv.formats.gguf_config import FoundConfig, agrees, as_json
+from glmconv.formats.gguf_config import FoundConfig, agrees
 from glmconv.formats.gguf_files import GgufFiles, open_files
 from glmconv.formats.gguf_header import ALIGNMENT, GgufHeader
 from glmconv.formats.gguf_mmproj_source import model_type_of, vision_config, vision_readers
 from glmconv.formats.gguf_stored import GgufRows, Stretch, trimmed
+from glmconv.formats.side_files import as_json
 
 VISION = "vision_config"
 

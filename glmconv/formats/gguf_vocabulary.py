@@ -6,15 +6,16 @@ post-processor, and what tokenizer_config.json says beside its special tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from glmconv.errors import SourceError, UnsupportedError
+from glmconv.formats.gguf_config import shortest
 from glmconv.formats.gguf_general import GENERATION, SAMPLING
 from glmconv.formats.gguf_tokenizer import CONTROL, NORMAL, SETTINGS, SPLIT, TEMPLATE, TOKENIZER, UNUSED, USER_DEFINED
 from glmconv.formats.gguf_types import Array, Kind, Value
+from glmconv.formats.side_files import as_json
 
 TYPES = (NORMAL, CONTROL, USER_DEFINED, UNUSED)
 PREFIX = "tokenizer.ggml."
@@ -145,11 +146,4 @@ def generation(kv: Mapping[str, Value], ends: Sequence[int]) -> dict[str, object
 
 
 def _plain(value: object) -> object:
-    """A number of float32 as its shortest decimal: what the file beside the weights said."""
-    import numpy as np
-
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
-def as_json(value: object) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return shortest(value) if isinstance(value, float) else value

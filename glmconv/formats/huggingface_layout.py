@@ -16,7 +16,7 @@ from glmconv.formats.graft import with_field
 from glmconv.formats.safetensors_header import write_header
 from glmconv.formats.selection import Selection, select
 from glmconv.formats.serving import SIZES, described, serving
-from glmconv.formats.side_files import CONFIG, INDEX, output_files
+from glmconv.formats.side_files import CONFIG, INDEX, as_json, output_files
 
 SHARD_SIZE = 5_000_000_000
 Pieces = Mapping[str, Sequence[Piece]]  # canonical name -> what is stored of it
@@ -73,7 +73,7 @@ def config_for(opened: Opened, more: Mapping[str, object] | None = None) -> byte
         changed = with_field(changed, field, layers)
     if changed == opened.config:
         return opened.config_bytes
-    return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
+    return as_json(changed)
 
 
 def plain(name: str, reader: RowReader) -> Piece:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,7 +15,6 @@ from glmconv.formats.format import FILE_PREFIX, FileRows, RowReader
 SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md", ".tiktoken")
 NAMES = ("LICENSE", "NOTICE", "merges", "vocab")
 LARGEST = 256 << 20
-BLOCK = 4 << 20
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 OURS = ("glmconv_manifest.json", "glmconv_layout.json")
@@ -48,12 +47,14 @@ def side_files(folder: InputFolder, names: list[str], first_number: int) -> Side
         if file.size > LARGEST:
             raise SourceError(f"is {file.size:,} bytes; a side file has at most {LARGEST:,}.", file=name)
         files[name] = FileRows(file, first_number + len(files), 0, (file.size,), BY_NAME["uint8"], 1)
-        state = hashlib.sha256()
-        for at in range(0, file.size, BLOCK):
-            state.update(file.read(at, min(BLOCK, file.size - at)))
-        digests[name] = (file.size, state.hexdigest())
+        digests[name] = (file.size, file.digest())
     notes = (f"not copied: {', '.join(left)} (code and pickles are never copied)",) if left else ()
     return SideFiles(files, digests, notes)
+
+
+def as_json(value: object) -> bytes:
+    """A release's JSON file, indented as transformers writes them."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def output_files(files: Mapping[str, RowReader], folder: str = "") -> list[OutputFile]:

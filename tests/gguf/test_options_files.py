@@ -11,6 +11,7 @@ import pytest
 from glmconv import Options, convert, open_checkpoint
 from glmconv.archs import bind, preset_named
 from glmconv.convert import plan
+from glmconv.dtypes import BY_NAME
 from glmconv.formats.format import FileLayout
 from glmconv.formats.gguf_embed import embedded_source
 from glmconv.formats.gguf_header import write_header
@@ -104,7 +105,7 @@ class Bytes:
 
     def __init__(self, content):
         self.content = content
-        self.shape = (len(content),)
+        self.shape, self.dtype = (len(content),), BY_NAME["uint8"]
 
     def read_into(self, start, out):
         out[:] = self.content[start : start + len(out)]
