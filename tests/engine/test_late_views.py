@@ -29,9 +29,10 @@ T = TypeVar("T")
 
 @dataclass
 class Server:
-    """Who made which name; every client knows its own at once."""
+    """Who made which name; every client knows its own at once. One lookup or making at a time: a name that was seen is not lost again."""
 
     makers: dict[Path, int] = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
 
 class LateDisk(Disk):
@@ -43,24 +44,24 @@ class LateDisk(Disk):
         self.server, self.node, self.lag = server, node, lag
         self.looked: Counter[Path] = Counter()
         self.missed = 0
-        self.lock = threading.Lock()
 
     def _look(self, path: Path) -> None:
-        with self.lock:
-            maker = self.server.makers.get(path, self.node)
-            if maker != self.node and self.looked[path] < self.lag:
-                self.looked[path] += 1
-                self.missed += 1
-                raise FileNotFoundError(2, "not seen yet", str(path))
+        maker = self.server.makers.get(path, self.node)
+        if maker != self.node and self.looked[path] < self.lag:
+            self.looked[path] += 1
+            self.missed += 1
+            raise FileNotFoundError(2, "not seen yet", str(path))
 
     def _make(self, path: Path, make: Callable[[], T]) -> T:
-        try:
-            made = make()
-        except FileExistsError:
+        with self.server.lock:
+            try:
+                made = make()
+            except FileExistsError:
+                self.looked[path] = self.lag
+                raise
+            self.server.makers[path] = self.node
             self.looked[path] = self.lag
-            raise
-        self.server.makers[path] = self.node
-        return made
+            return made
 
     def mkdir(self, path: Path) -> None:
         self._make(path, lambda: Disk.mkdir(self, path))
@@ -75,15 +76,22 @@ class LateDisk(Disk):
         self._make(target, lambda: Disk.rename(self, source, target))
 
     def open(self, path: Path) -> int:
-        self._look(path)
-        return super().open(path)
+        with self.server.lock:
+            self._look(path)
+            return self._known(path, super().open(path))
 
     def status(self, path: Path) -> FileStatus:
-        self._look(path)
-        return super().status(path)
+        with self.server.lock:
+            self._look(path)
+            return self._known(path, super().status(path))
+
+    def _known(self, path: Path, found: T) -> T:
+        self.looked[path] = self.lag
+        return found
 
     def names(self, path: Path) -> list[str]:
-        return [name for name in super().names(path) if self._seen(path / name)]
+        with self.server.lock:
+            return [name for name in super().names(path) if self._seen(path / name)]
 
     def _seen(self, path: Path) -> bool:
         try:
